@@ -1,0 +1,184 @@
+"""The `dafm` command. Imports torch and Ray only where a command needs them."""
+
+import argparse
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dafm_ray.config import (
+    STATIC_FUSIONS,
+    EvaluateConfig,
+    FinetuneConfig,
+    PrecomputeConfig,
+    load_config,
+)
+from dafm_ray.errors import DONE, DataError
+from dafm_ray.job import (
+    add_config_arguments,
+    evaluate_job,
+    finetune_job,
+    guarded,
+    precompute_job,
+    say,
+)
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parsed = _parser().parse_args(arguments)
+    command: Command = parsed.command
+    return guarded(lambda: command(parsed))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dafm", description="Composed image retrieval on Ray: run, fuse, evaluate."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = _add(commands, "demo", _demo, "the whole way on the icons, with a report")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    demo.add_argument(
+        "--from-scratch", action="store_true", help="train the sub-models first (10 to 20 minutes)"
+    )
+
+    for name, command, text in (
+        ("precompute", _precompute, "features and similarity tiles; resumes by itself"),
+        ("finetune", _finetune, "train a sub-model on triplets"),
+    ):
+        add_config_arguments(_add(commands, name, command, text))
+
+    evaluate = _add(commands, "evaluate", _evaluate, "metrics, tables and the report of a store")
+    evaluate.add_argument("store", help="folder or URI written by precompute")
+    evaluate.add_argument("--out", required=True, help="folder of the results")
+    evaluate.add_argument(
+        "--fusion",
+        nargs="+",
+        default=list(STATIC_FUSIONS),
+        metavar="NAME",
+        help=f"static fusions; default: {' '.join(STATIC_FUSIONS)}",
+    )
+    evaluate.add_argument(
+        "--tune-on", default="", metavar="STORE", help="queries on which to search convex weights"
+    )
+    evaluate.add_argument("--cases", type=int, default=12, help="queries shown with pictures")
+
+    tiles = _group(commands, "tiles", "look into a store")
+    for name, command, text in (
+        ("info", _tiles_info, "what is in a store"),
+        ("verify", _tiles_verify, "check every checksum"),
+    ):
+        _add(tiles, name, command, text).add_argument("store")
+
+    models = _group(commands, "models", "the sub-models")
+    _add(models, "list", _models_list, "families that can be loaded")
+
+    _add(commands, "env", _env, "versions and machine, for a bug report")
+    return parser
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    command: Command,
+    text: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _group(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
+) -> "argparse._SubParsersAction[argparse.ArgumentParser]":
+    group = commands.add_parser(name, help=text, description=text)
+    return group.add_subparsers(required=True, metavar="COMMAND")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from dafm_ray.demo.run import run_demo
+    from dafm_ray.report.tables import to_markdown
+
+    evaluation = run_demo(arguments.out, arguments.from_scratch, say)
+    print(to_markdown(evaluation.table))
+    print(f"report: {evaluation.report.resolve()}")
+    return DONE
+
+
+def _precompute(arguments: argparse.Namespace) -> int:
+    return precompute_job(load_config(PrecomputeConfig, arguments.config, arguments.set))
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    return finetune_job(load_config(FinetuneConfig, arguments.config, arguments.set))
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    return evaluate_job(
+        EvaluateConfig(
+            store=arguments.store,
+            out=arguments.out,
+            fusions=tuple(arguments.fusion),
+            tune_on=arguments.tune_on,
+            cases=arguments.cases,
+        )
+    )
+
+
+def _tiles_info(arguments: argparse.Namespace) -> int:
+    from dafm_ray.tiles.store import TileStore
+
+    store = TileStore(arguments.store)
+    manifest = store.manifest
+    print(f"{store.uri}: {manifest.dataset}, protocol {manifest.protocol}")
+    print(
+        f"{manifest.queries_size} queries x {manifest.gallery_size} images, "
+        f"{manifest.score_type}, tiles {manifest.grid.tile_queries} x "
+        f"{manifest.grid.tile_candidates}"
+    )
+    done = store.finished()
+    for name in store.models:
+        keys = store.score_keys(name)
+        finished = sum(key in done for key in keys)
+        print(f"{name}: {finished} of {len(keys)} tiles, {manifest.models[name].id}")
+    print(f"{len(store.failures())} items in quarantine")
+    return DONE
+
+
+def _tiles_verify(arguments: argparse.Namespace) -> int:
+    from dafm_ray.tiles.store import TileStore
+
+    store = TileStore(arguments.store)
+    checked, problems = 0, 0
+    for path, problem in store.verify():
+        checked += 1
+        if problem:
+            problems += 1
+            print(f"{path}: {problem}")
+    if problems:
+        raise DataError(
+            f"{problems} of {checked} files of {store.uri} are not sound; delete them and their "
+            "records, then run `dafm precompute` again"
+        )
+    missing = len(store.missing())
+    print(f"{store.uri}: {checked} files, every checksum holds; {missing} tiles not computed yet")
+    return DONE
+
+
+def _models_list(arguments: argparse.Namespace) -> int:
+    from dafm_ray.models.registry import families
+
+    for name, where in sorted(families().items()):
+        print(f"{name:12} {where}")
+    return DONE
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from dafm_ray.tiles.manifest import library_versions
+
+    print(f"python {platform.python_version()}, {platform.platform()}, {platform.machine()}")
+    for name, version in library_versions().items():
+        print(f"{name} {version}")
+    return DONE

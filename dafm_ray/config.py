@@ -1,0 +1,272 @@
+"""One frozen dataclass per job, read from YAML. Every default of a job is written here.
+
+An unknown key or a wrong type is an error that names the key and the nearest known one.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+
+import yaml
+
+from dafm_ray.errors import ConfigError
+
+_FORBID: dict[str, str] = {"extra": "forbid"}
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """What opens a data set.
+
+    Attributes:
+        name: `icons` or `folder`.
+        split: of the data set; a folder has none.
+        root: folder of images and queries; icons need none.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    name: str
+    split: str = ""
+    root: str = ""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One frozen sub-model and its actor pool.
+
+    Attributes:
+        name: short name in the store and in tables.
+        id: `family:variant@weights`.
+        actors: size of the pool.
+        num_gpus: GPUs an actor takes; a fraction lets several share one, 0 runs on CPUs.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    name: str
+    id: str
+    actors: int = 1
+    num_gpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class PrecomputeConfig:
+    """Features and similarity tiles.
+
+    Attributes:
+        dataset: what is searched.
+        models: the sub-models, one actor pool each.
+        store: folder or pyarrow filesystem URI.
+        encode_block: images or queries encoded at once; fixed at the store's first run.
+        tile_queries: rows of a tile; fixed at the store's first run.
+        tile_candidates: columns of a tile; fixed at the store's first run.
+        score_type: float16 halves the store and makes ties; fixed at the store's first run.
+        scoring_gpus: GPUs a tile takes while it is scored; 0 scores on CPUs.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    dataset: DatasetConfig
+    models: tuple[ModelConfig, ...]
+    store: str
+    encode_block: int = 64
+    tile_queries: int = 512
+    tile_candidates: int = 32768
+    score_type: Literal["float32", "float16"] = "float32"
+    scoring_gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        names = [model.name for model in self.models]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ConfigError(f"models: the name {min(twice)!r} stands twice")
+        if not names:
+            raise ConfigError("models: name at least one model")
+        for key in ("encode_block", "tile_queries", "tile_candidates"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} must be at least 1")
+        for model in self.models:
+            if model.actors < 1 or model.num_gpus < 0:
+                raise ConfigError(f"models: {model.name} needs actors >= 1 and num_gpus >= 0")
+
+
+STATIC_FUSIONS = (
+    "mean@zscore",
+    "combsum@minmax",
+    "combmnz@minmax",
+    "mean@dbsf",
+    "rrf",
+    "borda",
+)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Metrics, tables and the report of a store.
+
+    Attributes:
+        store: of the queries to report.
+        out: folder of the results.
+        fusions: names of static fusions.
+        tune_on: store of other queries on which convex weights are searched; empty leaves the
+            convex row out.
+        cases: queries shown with pictures.
+        seed: of the bootstrap and of the sample of cases.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    store: str
+    out: str
+    fusions: tuple[str, ...] = STATIC_FUSIONS
+    tune_on: str = ""
+    cases: int = 12
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Supervised training of a sub-model on triplets, with in-batch negatives.
+
+    Attributes:
+        train: triplets to learn from.
+        validation: queries whose R@10 decides when to stop and which epoch is kept.
+        model: `family:variant@weights` to start from; weights `scratch` starts from `scratch`.
+        out: folder of checkpoints and of the result, `weights.safetensors`.
+        scratch: sizes of a model that is trained from nothing, as its family reads them.
+        parts: prefixes of the parameters that learn; the rest stays frozen.
+        epochs: at most so many.
+        patience: validations without a better R@10 before stopping.
+        batch_size: of all workers together; the negatives of a query are all targets in it.
+        learning_rate: peak of a one-cycle schedule.
+        weight_decay: of AdamW.
+        logit_scale: factor on the scores before the softmax (1 / temperature).
+        shift: random shift of training images, in pixels.
+        workers: Ray Train workers.
+        use_gpu: one GPU a worker.
+        precision: bf16 runs the model under autocast.
+        loader_workers: processes that decode images, a worker.
+        seed: of initialisation, order and shifts.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    train: DatasetConfig
+    validation: DatasetConfig
+    model: str
+    out: str
+    scratch: dict[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] = ("",)
+    epochs: int = 20
+    patience: int = 5
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    logit_scale: float = 100.0
+    shift: int = 0
+    workers: int = 1
+    use_gpu: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    loader_workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2 or self.batch_size % self.workers:
+            raise ConfigError("batch_size must be at least 2 and a multiple of workers")
+        if self.epochs < 1 or self.learning_rate <= 0:
+            raise ConfigError("epochs must be at least 1 and learning_rate above 0")
+
+
+def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a job's configuration.
+
+    Args:
+        kind: one of the dataclasses above.
+        path: YAML file whose keys are its fields.
+        overrides: `key=value` with dotted keys, as `dataset.split=val`; values are YAML.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, a wrong type.
+    """
+    file = Path(path)
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines")
+    for override in overrides:
+        _set(values, override)
+    return parse_config(kind, values, str(path))
+
+
+def parse_config(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    """Check plain values against a dataclass and build it; see `load_config`."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        text = json.dumps(values)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}; quote the value") from None
+    try:
+        return TypeAdapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{where}: {_explain(kind, first['loc'], first)}") from None
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration, to be written beside the results."""
+    plain = json.loads(json.dumps(asdict(config)))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: write key=value")
+    *path, last = key.split(".")
+    target: Any = values
+    for part in path:
+        if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+            target = target[int(part)]
+        elif isinstance(target, dict):
+            target = target.setdefault(part, {})
+        else:
+            raise ConfigError(f"--set {override!r}: {part!r} is inside a value, not a section")
+    if isinstance(target, list) and last.isdigit() and int(last) < len(target):
+        target[int(last)] = yaml.safe_load(text)
+    elif isinstance(target, dict):
+        target[last] = yaml.safe_load(text)
+    else:
+        raise ConfigError(f"--set {override!r}: {last!r} is inside a value, not a section")
+
+
+def _explain(kind: type, location: tuple[int | str, ...], error: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in location)
+    if error["type"] == "unexpected_keyword_argument":
+        known = [f.name for f in fields(_section(kind, location[:-1]))]
+        near = get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"the key {key!r} is missing"
+    message = re.sub(r"^Input", "the value", str(error["msg"]))
+    return f"{key!r}: {message}, found {error['input']!r}" if key else message
+
+
+def _section(kind: Any, location: Sequence[int | str]) -> Any:
+    for part in location:
+        if isinstance(part, str):
+            kind = get_type_hints(kind)[part]
+        while not is_dataclass(kind):
+            kind = get_args(kind)[0]
+    return kind

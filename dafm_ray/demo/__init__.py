@@ -1,0 +1,1 @@
+"""The main job on the icons: tiny configurations, their trained weights, the run."""

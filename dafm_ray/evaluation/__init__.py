@@ -1,0 +1,1 @@
+"""Ranks to numbers: integer hits, intervals, paired comparisons."""

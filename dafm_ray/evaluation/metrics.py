@@ -1,0 +1,153 @@
+"""Ranks of targets and integer hits, with the luck of ties made visible.
+
+A candidate whose score is NaN was not scored or is masked: it is in no ranking. Among equal scores
+the stored order of the gallery decides, the same for every system; beside it stand the best case,
+the worst case and the expectation under a random order of ties.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from math import comb
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scores = NDArray[np.floating[Any]]
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+UNRANKED = np.iinfo(np.int64).max
+"""Rank of a target that was not scored, or of a query without targets: never a hit."""
+
+
+@dataclass(frozen=True)
+class TargetRanks:
+    """Where the best target of each query stands, 1-based.
+
+    Attributes:
+        stored: (Q,) rank with ties in stored order.
+        above: (Q,) candidates with a strictly higher score than the best target.
+        tied_others: (Q,) non-targets with exactly its score.
+        tied_targets: (Q,) targets with exactly its score, itself included.
+        all_targets: (Q, T) stored rank of every target, `UNRANKED` where there is none.
+    """
+
+    stored: Ints
+    above: Ints
+    tied_others: Ints
+    tied_targets: Ints
+    all_targets: Ints
+
+    @property
+    def best(self) -> Ints:
+        """(Q,) rank if every tie fell in the target's favour."""
+        return np.where(self.stored == UNRANKED, UNRANKED, self.above + 1)
+
+    @property
+    def worst(self) -> Ints:
+        """(Q,) rank if every tie fell against it."""
+        return np.where(self.stored == UNRANKED, UNRANKED, self.above + self.tied_others + 1)
+
+    def expected_hits(self, k: int) -> Floats:
+        """(Q,) probability of a hit at `k` under a random order of ties.
+
+        Of `tied_others + tied_targets` equal candidates the first `k - above` are drawn without
+        replacement; a miss draws no target.
+        """
+        hits = (self.best <= k).astype(np.float64)
+        for q in np.flatnonzero((self.tied_others > 0) & (hits > 0)):
+            others, targets = int(self.tied_others[q]), int(self.tied_targets[q])
+            drawn = min(k - int(self.above[q]), others + targets)
+            hits[q] = 1 - comb(others, drawn) / comb(others + targets, drawn)
+        return hits
+
+    def average_precision(self, k: int) -> Floats:
+        """(Q,) AP@k as CIRCO: sum over hits of precision at the hit / min(k, number of targets)."""
+        ranks_QT = np.sort(self.all_targets, axis=1)
+        found_T = np.arange(1, ranks_QT.shape[1] + 1)
+        precision_QT = np.where(ranks_QT <= k, found_T / np.maximum(ranks_QT, 1), 0.0)
+        targets_Q = (ranks_QT != UNRANKED).sum(axis=1)
+        average: Floats = precision_QT.sum(axis=1) / np.clip(targets_Q, 1, k)
+        return average
+
+    @staticmethod
+    def concatenate(parts: Sequence["TargetRanks"]) -> "TargetRanks":
+        """Join blocks of queries."""
+        width = max(part.all_targets.shape[1] for part in parts)
+        columns = {
+            field.name: np.concatenate([getattr(part, field.name) for part in parts])
+            for field in fields(TargetRanks)
+            if field.name != "all_targets"
+        }
+        padded = [
+            np.pad(
+                part.all_targets,
+                ((0, 0), (0, width - part.all_targets.shape[1])),
+                constant_values=UNRANKED,
+            )
+            for part in parts
+        ]
+        return TargetRanks(**columns, all_targets=np.concatenate(padded))
+
+
+def rank_targets(scores_QN: Scores, targets_QT: Ints) -> TargetRanks:
+    """Rank the targets of each query.
+
+    Args:
+        scores_QN: columns in stored order; NaN takes a candidate out.
+        targets_QT: columns of the targets, -1 where a query has fewer than T.
+    """
+    rows_Q1 = np.arange(len(scores_QN))[:, None]
+    target_scores_QT = np.where(targets_QT >= 0, scores_QN[rows_Q1, targets_QT], np.nan)
+    missing_QT = np.isnan(target_scores_QT)
+    best_Q = np.where(missing_QT, -np.inf, target_scores_QT).max(axis=1, initial=-np.inf)
+    ranked_Q = ~missing_QT.all(axis=1)
+    above_Q = (scores_QN > best_Q[:, None]).sum(axis=1)
+    tied_targets_Q = (target_scores_QT == best_Q[:, None]).sum(axis=1)
+    tied_Q = (scores_QN == best_Q[:, None]).sum(axis=1)
+    all_QT = np.full(targets_QT.shape, UNRANKED, dtype=np.int64)
+    for t in range(targets_QT.shape[1]):
+        present = ~missing_QT[:, t]
+        all_QT[present, t] = _stored_ranks(scores_QN[present], targets_QT[present, t])
+    zero = np.zeros_like(above_Q)
+    return TargetRanks(
+        stored=all_QT.min(axis=1, initial=UNRANKED),
+        above=np.where(ranked_Q, above_Q, zero),
+        tied_others=np.where(ranked_Q, tied_Q - tied_targets_Q, zero),
+        tied_targets=np.where(ranked_Q, tied_targets_Q, zero),
+        all_targets=all_QT,
+    )
+
+
+def _stored_ranks(scores_QN: Scores, targets_Q: Ints) -> Ints:
+    score_Q1 = np.take_along_axis(scores_QN, targets_Q[:, None], axis=1)
+    before_QN = np.arange(scores_QN.shape[1])[None, :] < targets_Q[:, None]
+    ahead_QN = (scores_QN > score_Q1) | ((scores_QN == score_Q1) & before_QN)
+    ranks: Ints = 1 + ahead_QN.sum(axis=1)
+    return ranks
+
+
+def subset_ranks(scores_QN: Scores, targets_QT: Ints, groups_QG: Ints) -> TargetRanks:
+    """Rank the targets among the members of each query's group (Rsubset).
+
+    Args:
+        scores_QN: as in `rank_targets`; the reference is NaN under the mask policy.
+        targets_QT: as in `rank_targets`.
+        groups_QG: columns of the members, -1 where a group has fewer than G.
+    """
+    members_QG = np.sort(groups_QG, axis=1)
+    rows_Q1 = np.arange(len(scores_QN))[:, None]
+    scores_QG = np.where(members_QG >= 0, scores_QN[rows_Q1, members_QG], np.nan)
+    match_QTG = (targets_QT[:, :, None] == members_QG[:, None, :]) & (targets_QT >= 0)[:, :, None]
+    places_QT = np.where(match_QTG.any(axis=2), match_QTG.argmax(axis=2), -1)
+    return rank_targets(scores_QG, places_QT)
+
+
+def columns_of(ids: Sequence[Sequence[str]], positions: dict[str, int]) -> Ints:
+    """Rows of gallery ids -> (rows, longest) positions, -1 where a row is shorter."""
+    width = max((len(row) for row in ids), default=0)
+    padded = np.full((len(ids), max(width, 1)), -1, dtype=np.int64)
+    for r, row in enumerate(ids):
+        padded[r, : len(row)] = [positions[id] for id in row]
+    return padded

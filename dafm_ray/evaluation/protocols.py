@@ -1,0 +1,50 @@
+"""Which numbers belong to which protocol. One number means one protocol."""
+
+from dataclasses import dataclass
+
+from dafm_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Metrics of a protocol.
+
+    Attributes:
+        recalls: K of Recall@K.
+        subset_recalls: K of Rsubset@K, over the query's group; empty if there are no groups.
+        average_precisions: K of mAP@K as CIRCO defines it.
+        mean_of: columns whose mean is Rmean.
+        macro: whether metrics are averaged over categories without weights.
+    """
+
+    recalls: tuple[int, ...]
+    subset_recalls: tuple[int, ...] = ()
+    average_precisions: tuple[int, ...] = ()
+    mean_of: tuple[str, ...] = ()
+    macro: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the hit columns, in table order."""
+        recalls = tuple(f"R@{k}" for k in self.recalls)
+        return recalls + tuple(f"Rsubset@{k}" for k in self.subset_recalls)
+
+
+PROTOCOLS = {
+    "cirr": Protocol((1, 5, 10, 50), (1, 2, 3), mean_of=("R@5", "Rsubset@1")),
+    "folder": Protocol((1, 5, 10, 50), average_precisions=(5, 10, 25, 50)),
+}
+
+HEADLINE = "R@10"
+"""The metric of win/tie/loss and of choosing the best single system."""
+
+
+def protocol(name: str) -> Protocol:
+    """Look a protocol up.
+
+    Raises:
+        ConfigError: no such protocol.
+    """
+    if name not in PROTOCOLS:
+        raise ConfigError(f"there is no protocol {name!r}; known: {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]

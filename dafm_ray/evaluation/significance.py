@@ -1,0 +1,84 @@
+"""Is a difference real? Paired comparisons on the same queries.
+
+Queries that share a fold group (the same references, the same concept) are not independent, so
+the bootstrap draws whole groups.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dafm_ray.evaluation.metrics import Floats, Ints
+
+RESAMPLES = 2000
+RANDOMISATIONS = 100_000
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One system against another on one metric.
+
+    Attributes:
+        win: queries only this system hits.
+        tie: queries both or neither hit.
+        loss: queries only the other one hits.
+        diff: difference in percent points.
+        ci95: its 95 % interval, from a bootstrap over fold groups.
+        p: two-sided paired randomisation test.
+    """
+
+    metric: str
+    win: int
+    tie: int
+    loss: int
+    diff: float
+    ci95: tuple[float, float]
+    p: float
+
+
+class Bootstrap:
+    """Resamples of the queries' fold groups, the same for every system and metric.
+
+    Args:
+        groups: (Q,) fold group of each query; "" stands alone.
+        seed: of the resampling.
+    """
+
+    def __init__(self, groups: Sequence[str], seed: int = 0) -> None:
+        labels = [group or f"\0{n}" for n, group in enumerate(groups)]
+        _, self._group_of = np.unique(labels, return_inverse=True)
+        count = int(self._group_of.max()) + 1
+        self._sizes = np.bincount(self._group_of, minlength=count).astype(np.float64)
+        rng = np.random.default_rng(seed)
+        draws = rng.integers(0, count, size=(RESAMPLES, count))
+        self._weights = np.stack([np.bincount(row, minlength=count) for row in draws])
+
+    def interval(self, values_Q: Floats) -> tuple[float, float]:
+        """95 % percentile interval of the mean of per-query values, in percent points."""
+        sums_G = np.bincount(self._group_of, weights=values_Q, minlength=len(self._sizes))
+        means = (self._weights @ sums_G) / (self._weights @ self._sizes)
+        low, high = np.percentile(100 * means, [2.5, 97.5])
+        return round(float(low), 3), round(float(high), 3)
+
+
+def compare(hits_Q: Ints, other_Q: Ints, metric: str, bootstrap: Bootstrap) -> Paired:
+    """Compare two systems' hits query by query."""
+    difference_Q = (hits_Q - other_Q).astype(np.float64)
+    win, loss = int((difference_Q > 0).sum()), int((difference_Q < 0).sum())
+    return Paired(
+        metric=metric,
+        win=win,
+        tie=len(hits_Q) - win - loss,
+        loss=loss,
+        diff=round(float(100 * difference_Q.mean()), 3),
+        ci95=bootstrap.interval(difference_Q),
+        p=_randomisation(win, loss),
+    )
+
+
+def _randomisation(win: int, loss: int) -> float:
+    """Signs of the differences flipped at random: wins are then Binomial(win + loss, 1/2)."""
+    flipped = np.random.default_rng(0).binomial(win + loss, 0.5, size=RANDOMISATIONS)
+    extreme = np.abs(2 * flipped - (win + loss)) >= abs(win - loss)
+    return float((1 + extreme.sum()) / (1 + RANDOMISATIONS))

@@ -1,0 +1,1 @@
+"""Training sub-models on triplets of reference, modification text and target."""

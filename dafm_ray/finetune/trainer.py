@@ -1,0 +1,273 @@
+"""Supervised training of a sub-model on Ray Train.
+
+The contrastive batch is global: with several workers every query meets the targets of all of
+them. A run of the same output folder goes on from its last checkpoint.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dafm_ray.config import FinetuneConfig, parse_config, to_yaml
+from dafm_ray.datasets.registry import load_dataset
+from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.finetune.losses import in_batch_contrastive
+from dafm_ray.finetune.triplets import Batch, Triplets, epoch_batches, load_batches, shifted
+from dafm_ray.finetune.validation import validation_recall
+from dafm_ray.models.base import FrozenModel, ModelId
+from dafm_ray.models.registry import family
+from dafm_ray.session import ensure_ray, one_thread
+
+SELECTION = "R@10"
+State = dict[str, Any]
+Report = Callable[[dict[str, float], State], None]
+
+
+class TripletLoss(nn.Module):
+    """A model whose forward pass is the loss of a batch, so that gradients can be synchronised."""
+
+    def __init__(self, model: FrozenModel, config: FinetuneConfig) -> None:
+        super().__init__()
+        self.weights = model.module
+        self._model = model
+        self._config = config
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Contrastive loss of this worker's queries against the targets of all workers."""
+        config, model = self._config, self._model
+        device = next(self.weights.parameters()).device
+        references = shifted(batch.references_B3HW, config.shift).to(device)
+        targets = shifted(batch.targets_B3HW, config.shift).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            index = torch.arange(len(references), device=device)
+            queries = model.encode_queries(references, index, batch.captions_B)
+            candidates = model.encode_gallery(targets)
+        candidates, ids_N, first = _gathered(candidates.float(), batch.target_ids_B.to(device))
+        scores_BN = config.logit_scale * model.score(queries.float(), candidates)
+        target_B = first + index
+        same_BN = ids_N[target_B][:, None] == ids_N[None, :]
+        return in_batch_contrastive(scores_BN, target_B, same_BN)
+
+
+def _gathered(features: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Candidates and target ids of all workers, and where this worker's begin."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return features, ids, 0
+    from torch.distributed.nn.functional import all_gather
+
+    everywhere = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, ids)
+    parts = all_gather(features)  # type: ignore[no-untyped-call]
+    return torch.cat(parts), torch.cat(everywhere), dist.get_rank() * len(ids)
+
+
+def build(config: FinetuneConfig) -> FrozenModel:
+    """The model in its starting state; only `config.parts` take gradients.
+
+    Raises:
+        ConfigError: `parts` names nothing, or the family cannot be trained.
+    """
+    model_id = ModelId.parse(config.model)
+    queries = load_dataset(config.train).queries
+    model = family(model_id.family).start(
+        model_id, config.scratch, [q.captions for q in queries], config.seed
+    )
+    learning = 0
+    for name, parameter in model.module.named_parameters():
+        parameter.requires_grad_(name.startswith(config.parts))
+        learning += parameter.requires_grad
+    if not learning:
+        names = sorted({name.split(".")[0] for name, _ in model.module.named_parameters()})
+        raise ConfigError(f"parts {config.parts} name no parameter; choose among {names}")
+    return model
+
+
+def train(
+    config: FinetuneConfig,
+    model: FrozenModel,
+    prepare: Callable[[nn.Module], nn.Module],
+    report: Report,
+    state: State | None = None,
+    rank: int = 0,
+) -> None:
+    """Train and validate, epoch by epoch.
+
+    Args:
+        config: the job.
+        model: from `build`, on its device.
+        prepare: wraps the loss for gradient synchronisation.
+        report: receives metrics and the state to resume from, after every epoch.
+        state: of an earlier run.
+        rank: of this worker.
+
+    Raises:
+        DataError: fewer triplets than a batch, or a loss that is no longer a number.
+    """
+    triplets = Triplets(load_dataset(config.train), model)
+    validation = load_dataset(config.validation)
+    steps = len(epoch_batches(triplets, config.batch_size, config.seed, 0, rank, config.workers))
+    if not steps:
+        raise DataError(
+            f"{len(triplets)} triplets do not fill one batch of {config.batch_size}; "
+            "lower batch_size"
+        )
+    device = str(next(model.module.parameters()).device)
+    loss_of = prepare(TripletLoss(model, config))
+    learning = [p for p in model.module.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(
+        learning, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, config.learning_rate, total_steps=config.epochs * steps, pct_start=0.15
+    )
+    progress = {"epoch": 0, "best": -1.0, "stale": 0}
+    best = _weights(model)
+    if state is not None:
+        model.module.load_state_dict(state["weights"])
+        optimiser.load_state_dict(state["optimiser"])
+        schedule.load_state_dict(state["schedule"])
+        progress, best = state["progress"], state["best"]
+    while progress["epoch"] < config.epochs and progress["stale"] < config.patience:
+        epoch = int(progress["epoch"])
+        torch.manual_seed(config.seed * 100_003 + epoch * 101 + rank)
+        _learning_mode(model, config.parts)
+        batches = epoch_batches(
+            triplets, config.batch_size, config.seed, epoch, rank, config.workers
+        )
+        total = 0.0
+        for batch in load_batches(triplets, batches, config.loader_workers):
+            loss = loss_of(batch)
+            if not torch.isfinite(loss):
+                raise DataError(f"the loss is {loss.item()} in epoch {epoch}; lower learning_rate")
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            total += loss.item()
+        model.module.eval()
+        recall = validation_recall(model, validation, device)
+        better = recall[SELECTION] > progress["best"]
+        if better:
+            best = _weights(model)
+        progress = {
+            "epoch": epoch + 1,
+            "best": max(recall[SELECTION], progress["best"]),
+            "stale": 0 if better else progress["stale"] + 1,
+        }
+        report(
+            {"epoch": epoch + 1, "loss": total / steps, **recall},
+            {
+                "weights": _weights(model),
+                "optimiser": optimiser.state_dict(),
+                "schedule": schedule.state_dict(),
+                "progress": progress,
+                "best": best,
+            },
+        )
+
+
+def _weights(model: FrozenModel) -> dict[str, Tensor]:
+    return {key: tensor.detach().cpu().clone() for key, tensor in model.module.state_dict().items()}
+
+
+def _learning_mode(model: FrozenModel, parts: tuple[str, ...]) -> None:
+    """Training mode where something learns; frozen parts keep their running statistics."""
+    model.module.eval()
+    for name, part in model.module.named_modules():
+        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in parts) or "" in parts:
+            part.train()
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Train on Ray Train; returns the path of the best weights, `out/weights.safetensors`.
+
+    Beside it: `config.yaml` and `history.json` (loss and recall of every epoch).
+
+    Raises:
+        ConfigError, DataError: see `build` and `train`.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    start = build(config)
+    out = Path(config.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    ensure_ray()
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=asdict(config),
+        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=config.use_gpu),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=str(out),
+            failure_config=FailureConfig(max_failures=3),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+    )
+    result = trainer.fit()
+    assert result.checkpoint is not None
+    with result.checkpoint.as_directory() as folder:
+        state = torch.load(Path(folder) / "state.pt", weights_only=True)
+        history = json.loads((Path(folder) / "history.json").read_text())
+    start.module.load_state_dict(state["best"])
+    save_weights(start, out / "weights.safetensors")
+    (out / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    return out / "weights.safetensors"
+
+
+def save_weights(model: FrozenModel, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a model's weights with what its family needs to build it again."""
+    tensors = {
+        key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for key, tensor in model.module.state_dict().items()
+    }
+    header = {key: json.dumps(value) for key, value in model.header().items()}
+    save_file(tensors, path, metadata=header)
+
+
+def _worker(values: dict[str, Any]) -> None:
+    """The function Ray Train runs in every worker."""
+    import tempfile
+
+    import ray.train
+    import ray.train.torch
+
+    config = parse_config(FinetuneConfig, values, "train_loop_config")
+    context = ray.train.get_context()
+    if not config.use_gpu:
+        one_thread()
+    model = build(config)
+    model.module.to(ray.train.torch.get_device())
+    state, history = None, []
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
+            history = json.loads((Path(folder) / "history.json").read_text())
+
+    def prepare(loss: nn.Module) -> nn.Module:
+        wrapped: nn.Module = ray.train.torch.prepare_model(
+            loss, parallel_strategy_kwargs={"find_unused_parameters": True}
+        )
+        return wrapped
+
+    def report(metrics: dict[str, float], state: State) -> None:
+        history.append(metrics)
+        with tempfile.TemporaryDirectory() as folder:
+            saved = None
+            if context.get_world_rank() == 0:
+                torch.save(state, Path(folder) / "state.pt")
+                (Path(folder) / "history.json").write_text(json.dumps(history))
+                saved = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(metrics, checkpoint=saved)
+
+    train(config, model, prepare, report, state, context.get_world_rank())

@@ -1,0 +1,1 @@
+"""Combining the scores of several sub-models into one ranking."""

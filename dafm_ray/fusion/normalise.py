@@ -1,0 +1,76 @@
+"""Normalisations of the scores of one query under one model.
+
+All take (..., N) scores, work along N, and leave NaN (not scored, or masked) alone.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dafm_ray.evaluation.metrics import Scores
+
+Normalise = Callable[[Scores], Scores]
+
+
+def zscore(scores: Scores) -> Scores:
+    """(x - mean) / standard deviation; 0 where all scores are equal."""
+    centred, deviation = _centre(scores)
+    return _divide(centred, deviation)
+
+
+def minmax(scores: Scores) -> Scores:
+    """(x - min) / (max - min); 1 where all scores are equal, so that a lone hit does not vanish."""
+    present = ~np.isnan(scores)
+    low = np.where(present, scores, np.inf).min(axis=-1, keepdims=True)
+    high = np.where(present, scores, -np.inf).max(axis=-1, keepdims=True)
+    scaled = _divide(scores - low, high - low)
+    return np.where(present & (high == low), np.ones_like(scores), scaled)
+
+
+def dbsf(scores: Scores) -> Scores:
+    """Distribution-based score fusion: three standard deviations around the mean to [0, 1]."""
+    centred, deviation = _centre(scores)
+    return np.clip(_divide(centred, 6 * deviation) + 0.5, 0, 1)
+
+
+def rank(scores: Scores) -> Scores:
+    """1 for the first candidate, falling by 1 / number of candidates; ties in stored order."""
+    ranks = ranks_of(scores)
+    count = (~np.isnan(scores)).sum(axis=-1, keepdims=True)
+    normalised: Scores = 1 - (ranks - 1) / np.maximum(count, 1).astype(scores.dtype)
+    return normalised
+
+
+def ranks_of(scores: Scores) -> Scores:
+    """1-based ranks in descending order, ties in stored order; NaN stays NaN."""
+    order = np.argsort(np.where(np.isnan(scores), -np.inf, scores) * -1, axis=-1, kind="stable")
+    ranks = np.empty(scores.shape, dtype=scores.dtype)
+    places = np.arange(1, scores.shape[-1] + 1, dtype=scores.dtype)
+    np.put_along_axis(ranks, order, np.broadcast_to(places, scores.shape), axis=-1)
+    ranks[np.isnan(scores)] = np.nan
+    return ranks
+
+
+def _divide(scores: Scores, scale: Scores) -> Scores:
+    """Scores / scale; 0 where the scale is 0."""
+    zeros = np.where(np.isnan(scores), scores, np.zeros_like(scores))
+    divided: Scores = np.divide(scores, scale, out=zeros, where=scale > 0)
+    return divided
+
+
+def _centre(scores: Scores) -> tuple[Scores, Scores]:
+    present = ~np.isnan(scores)
+    count = np.maximum(present.sum(axis=-1, keepdims=True), 1).astype(scores.dtype)
+    mean = np.where(present, scores, 0).sum(axis=-1, keepdims=True) / count
+    centred = scores - mean
+    squares = np.where(present, centred, 0) ** 2
+    return centred, np.sqrt(squares.sum(axis=-1, keepdims=True) / count)
+
+
+NORMALISATIONS: dict[str, Normalise] = {
+    "zscore": zscore,
+    "minmax": minmax,
+    "rank": rank,
+    "dbsf": dbsf,
+    "none": lambda scores: scores,
+}

@@ -1,0 +1,101 @@
+"""Ranking with any number of systems, streamed from the tiles."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dafm_ray.evaluation.metrics import (
+    Scores,
+    TargetRanks,
+    columns_of,
+    rank_targets,
+    subset_ranks,
+)
+from dafm_ray.evaluation.protocols import Protocol
+from dafm_ray.evaluation.summary import SystemRanks
+from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.static import Single
+from dafm_ray.progress import Progress
+from dafm_ray.tiles.store import TileStore
+
+CHUNK_SCORES = 4_000_000
+"""Scores in memory at a time, over all models; what bounds the memory of an evaluation."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some queries with the scores of every model.
+
+    Attributes:
+        rows: positions of the queries in the store.
+        scores_MBN: float32, NaN where a candidate is excluded or was not scored.
+    """
+
+    rows: range
+    scores_MBN: Scores
+
+
+def masked_scores(store: TileStore) -> Iterator[Chunk]:
+    """All queries in stored order, a bounded number of scores at a time."""
+    models, candidates = store.models, store.manifest.gallery_size
+    step = max(1, CHUNK_SCORES // (len(models) * candidates))
+    for block, rows in enumerate(store.tile_rows):
+        tiles = [store.scores(model, block) for model in models]
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            stacked = np.stack([tile[start : start + step] for tile in tiles])
+            scores_MBN = stacked.astype(np.float32)
+            for row, query in zip(
+                range(len(part)), store.queries[part.start : part.stop], strict=True
+            ):
+                scores_MBN[:, row, [store.positions[id] for id in query.excluded]] = np.nan
+            yield Chunk(part, scores_MBN)
+
+
+def singles(store: TileStore) -> list[Fusion]:
+    """Every sub-model of a store as a system of its own."""
+    return [Single(name, index) for index, name in enumerate(store.models)]
+
+
+def rank_systems(
+    store: TileStore, systems: Sequence[Fusion], protocol: Protocol, shown: Progress
+) -> list[SystemRanks]:
+    """Rank the targets of every query under every system, in one pass over the tiles.
+
+    Args:
+        store: complete tiles of all its models.
+        systems: what ranks.
+        protocol: says whether groups are ranked too.
+        shown: counts queries.
+    """
+    ranks: list[list[TargetRanks]] = [[] for _ in systems]
+    subsets: list[list[TargetRanks]] = [[] for _ in systems]
+    grouped = bool(protocol.subset_recalls) and any(query.group for query in store.queries)
+    for chunk in masked_scores(store):
+        queries = store.queries[chunk.rows.start : chunk.rows.stop]
+        targets_QT = columns_of([query.targets for query in queries], store.positions)
+        groups_QG = columns_of([query.group for query in queries], store.positions)
+        for s, system in enumerate(systems):
+            fused_BN = system(chunk.scores_MBN)
+            ranks[s].append(rank_targets(fused_BN, targets_QT))
+            if grouped:
+                subsets[s].append(subset_ranks(fused_BN, targets_QT, groups_QG))
+        shown.advance(len(chunk.rows))
+    return [
+        SystemRanks(
+            system.name,
+            system.kind,
+            TargetRanks.concatenate(ranks[s]),
+            TargetRanks.concatenate(subsets[s]) if grouped else None,
+        )
+        for s, system in enumerate(systems)
+    ]
+
+
+def top_candidates(scores_BN: Scores, k: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """(B, k) positions of the first candidates, ties in stored order; -1 where none is left."""
+    descending = np.where(np.isnan(scores_BN), np.inf, -scores_BN)
+    order = np.argsort(descending, axis=1, kind="stable")[:, :k].astype(np.int64)
+    order[np.isinf(np.take_along_axis(descending, order, axis=1))] = -1
+    return order

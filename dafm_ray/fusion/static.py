@@ -1,0 +1,128 @@
+"""Static fusions: what every learned fusion must beat. Names as in ranx.
+
+Sources: CombSUM and CombMNZ (Fox and Shaw, TREC-2, 1994); RRF (Cormack et al., SIGIR 2009, k = 60);
+Borda count (Aslam and Montague, SIGIR 2001). A model that did not score a candidate adds nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import numpy as np
+
+from dafm_ray.errors import ConfigError
+from dafm_ray.evaluation.metrics import Scores
+from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.normalise import NORMALISATIONS, rank, ranks_of
+
+RRF_K = 60
+MNZ_DEPTH = 100
+"""CombMNZ counts the models that retrieve a candidate. A dense score matrix retrieves everything,
+so a model is taken to retrieve its first 100, as a search engine would return them."""
+
+
+@dataclass(frozen=True)
+class Single:
+    """One sub-model alone."""
+
+    name: str
+    index: int
+    kind: str = "single"
+
+    def __call__(self, scores_MBN: Scores) -> Scores:
+        """The model's own scores."""
+        own: Scores = scores_MBN[self.index]
+        return own
+
+
+@dataclass(frozen=True)
+class Static:
+    """A fixed rule after a normalisation."""
+
+    name: str
+    normalisation: str
+    combine: Callable[[Scores], Scores]
+    kind: str = "static"
+
+    def __call__(self, scores_MBN: Scores) -> Scores:
+        """Normalise each model's scores per query, then combine over models."""
+        normalised = NORMALISATIONS[self.normalisation](scores_MBN)
+        return np.where(np.isnan(scores_MBN).all(axis=0), np.nan, self.combine(normalised))
+
+
+@dataclass(frozen=True)
+class Convex:
+    """Weighted sum of z-scores, weights on the simplex.
+
+    Attributes:
+        weights: model -> weight, in the store's order.
+        searched_on: which queries the weights come from.
+    """
+
+    weights: dict[str, float]
+    searched_on: str
+    name: str = "convex@zscore"
+    kind: str = "static"
+
+    def __call__(self, scores_MBN: Scores) -> Scores:
+        """sum_m w_m z_m; a missing score counts as the model's mean."""
+        normalised = NORMALISATIONS["zscore"](scores_MBN)
+        weights_M = np.array(list(self.weights.values()), dtype=scores_MBN.dtype)
+        fused = np.tensordot(weights_M, np.nan_to_num(normalised), axes=1)
+        return np.where(np.isnan(scores_MBN).all(axis=0), np.nan, fused)
+
+
+def mean(scores_MBN: Scores) -> Scores:
+    """Mean over the models that scored a candidate."""
+    count = (~np.isnan(scores_MBN)).sum(axis=0)
+    average: Scores = combsum(scores_MBN) / np.maximum(count, 1).astype(scores_MBN.dtype)
+    return average
+
+
+def combsum(scores_MBN: Scores) -> Scores:
+    """Sum over models."""
+    total: Scores = np.nansum(scores_MBN, axis=0)
+    return total
+
+
+def combmnz(scores_MBN: Scores) -> Scores:
+    """Sum times the number of models with the candidate among their first `MNZ_DEPTH`."""
+    retrieved_BN = (ranks_of(scores_MBN) <= MNZ_DEPTH).sum(axis=0)
+    product: Scores = combsum(scores_MBN) * np.maximum(retrieved_BN, 1).astype(scores_MBN.dtype)
+    return product
+
+
+def rrf(scores_MBN: Scores) -> Scores:
+    """Reciprocal rank fusion: sum of 1 / (60 + rank)."""
+    return combsum(1 / (RRF_K + ranks_of(scores_MBN)))
+
+
+def borda(scores_MBN: Scores) -> Scores:
+    """Borda count: N points for the first candidate of a model, one fewer for each further one."""
+    return combsum(rank(scores_MBN))
+
+
+_RULES: dict[str, tuple[Callable[[Scores], Scores], str]] = {
+    "mean": (mean, "zscore"),
+    "combsum": (combsum, "minmax"),
+    "combmnz": (combmnz, "minmax"),
+    "rrf": (rrf, "none"),
+    "borda": (borda, "none"),
+}
+"""Rule -> function and the normalisation it has if none is named."""
+
+
+def static_fusion(name: str) -> Fusion:
+    """`RULE` or `RULE@NORMALISATION`, as `mean@zscore`, `combmnz@minmax`, `rrf`.
+
+    Raises:
+        ConfigError: no such rule or normalisation; names the nearest.
+    """
+    rule, _, normalisation = name.partition("@")
+    for word, known in ((rule, _RULES), (normalisation or "none", NORMALISATIONS)):
+        if word not in known:
+            near = get_close_matches(word, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"there is no fusion {name!r}{hint} Known: {', '.join(known)}")
+    combine, default = _RULES[rule]
+    return Static(name, normalisation or default, combine)

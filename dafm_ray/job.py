@@ -1,0 +1,95 @@
+"""What every job script shares: `--config FILE --set key=value`, messages, exit codes."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from dafm_ray.config import (
+    EvaluateConfig,
+    FinetuneConfig,
+    PrecomputeConfig,
+    load_config,
+)
+from dafm_ray.errors import DONE, DONE_WITH_FAILURES, DafmError
+
+Config = TypeVar("Config")
+
+INTERRUPTED = 130
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The two arguments of every job."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the job")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, as dataset.split=val; may be given several times",
+    )
+
+
+def run_job(kind: type[Config], job: Callable[[Config], int]) -> int:
+    """Parse the command line of a job script, run it, return its exit code."""
+    parser = argparse.ArgumentParser(description=job.__doc__)
+    add_config_arguments(parser)
+    arguments = parser.parse_args()
+    return guarded(lambda: job(load_config(kind, arguments.config, arguments.set)))
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Run; a user's mistake ends in its message and exit code, without a traceback."""
+    try:
+        return action()
+    except DafmError as error:
+        say(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("interrupted; finished work is kept, the same command goes on from here")
+        return INTERRUPTED
+
+
+def say(*lines: str) -> None:
+    """Messages for people go to standard error; results go to standard output."""
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
+def precompute_job(config: PrecomputeConfig) -> int:
+    """Write the features and similarity tiles of a data set under several sub-models."""
+    from dafm_ray.tiles.precompute import QUARANTINE, precompute
+
+    outcome = precompute(config)
+    store = outcome.store
+    print(
+        f"{store.uri}: {len(store.models)} models, {store.size('queries')} queries, "
+        f"{store.size('gallery')} images; {outcome.blocks} blocks computed now"
+    )
+    return _exit_code(len(outcome.failures), f"{store.uri}/{QUARANTINE}")
+
+
+def evaluate_job(config: EvaluateConfig) -> int:
+    """Evaluate the sub-models and fusions of a store; write metrics, tables and a report."""
+    from dafm_ray.report.evaluate import evaluate
+    from dafm_ray.report.tables import to_markdown
+
+    evaluation = evaluate(config)
+    print(to_markdown(evaluation.table))
+    print(f"report: {evaluation.report}")
+    return _exit_code(evaluation.failures, str(evaluation.report))
+
+
+def finetune_job(config: FinetuneConfig) -> int:
+    """Train a sub-model on triplets."""
+    from dafm_ray.finetune.trainer import finetune
+
+    print(f"weights: {finetune(config)}")
+    return DONE
+
+
+def _exit_code(failures: int, where: str) -> int:
+    if not failures:
+        return DONE
+    say(f"{failures} items could not be used; they are listed in {where}")
+    return DONE_WITH_FAILURES

@@ -1,0 +1,1 @@
+"""Frozen sub-models: what turns images and modification texts into features and scores."""

@@ -1,0 +1,127 @@
+"""The FrozenModel contract: everything the rest of the package knows of a sub-model.
+
+Shape letters: B batch, R distinct references, Q queries, N candidates, D feature width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+
+from dafm_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelId:
+    """`family:variant@weights`, as in `clip4cir:combiner@clip.pt+combiner.pt`.
+
+    Attributes:
+        family: a row of the registry.
+        variant: what the family offers, as `sum` or `combiner`.
+        weights: a path, a `package://` address, several of them joined with `+`, an open_clip tag
+            `architecture/pretrained`, `random` (published size) or `random-tiny`.
+    """
+
+    family: str
+    variant: str
+    weights: str
+
+    @staticmethod
+    def parse(text: str) -> "ModelId":
+        """Parse an id; ConfigError says what is missing."""
+        family, colon, rest = text.partition(":")
+        variant, at, weights = rest.partition("@")
+        if not (colon and at and family and variant and weights):
+            raise ConfigError(
+                f"{text!r} is not a model id; write family:variant@weights, "
+                "as in clip4cir:sum@weights.safetensors"
+            )
+        return ModelId(family, variant, weights)
+
+    def __str__(self) -> str:
+        return f"{self.family}:{self.variant}@{self.weights}"
+
+
+class FrozenModel(ABC):
+    """A composed-retrieval model with fixed weights.
+
+    `encode_*` leave gradients as the caller set them, so that the fine-tune jobs use the same
+    code as the frozen pools. Results for one item do not depend on its batch, to rounding.
+
+    Attributes:
+        module: the weights; moved, frozen and put in evaluation mode by the caller.
+    """
+
+    module: nn.Module
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether queries need their reference image; text-only models say False."""
+        return True
+
+    @classmethod
+    @abstractmethod
+    def load(cls, model_id: ModelId) -> "FrozenModel":
+        """Build the model and load its weights on the CPU.
+
+        Raises:
+            ConfigError: no such variant.
+            DataError: the weights do not fit.
+        """
+
+    @classmethod
+    def start(
+        cls,
+        model_id: ModelId,
+        scratch: Mapping[str, Any],
+        captions: Sequence[Sequence[str]],
+        seed: int,
+    ) -> "FrozenModel":
+        """Build the model to be trained: weights that exist are loaded, new parts are random.
+
+        Args:
+            model_id: weights `scratch` start from nothing.
+            scratch: sizes of what is new, as the family documents them.
+            captions: of every training query, for a vocabulary.
+            seed: of the initialisation.
+        """
+        raise ConfigError(f"{model_id.family} cannot be trained")
+
+    def header(self) -> dict[str, Any]:
+        """What a weights file must say besides its tensors so that `load` can build the model."""
+        return {}
+
+    @abstractmethod
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """One decoded image in its stored colour mode -> (3, H, W) float32."""
+
+    @abstractmethod
+    def caption(self, captions: Sequence[str]) -> str:
+        """Join the captions of one query as this model was trained."""
+
+    @abstractmethod
+    def encode_gallery(self, images_B3HW: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, ...) candidate features, any fixed shape per item."""
+
+    @abstractmethod
+    def encode_queries(
+        self, references_R3HW: Tensor, reference_index_B: Tensor, captions_B: Sequence[str]
+    ) -> Tensor:
+        """Fuse references and texts into query features.
+
+        Args:
+            references_R3HW: the distinct reference images of the batch.
+            reference_index_B: int64, which of them each query uses.
+            captions_B: joined captions, from `caption`.
+
+        Returns:
+            (B, ...) query features.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def score(query_features: Tensor, gallery_features: Tensor) -> Tensor:
+        """(Q, ...) and (N, ...) -> (Q, N) scores, higher is better. Needs no weights."""

@@ -1,0 +1,180 @@
+"""Reading weights files without running code from them, and loading them with clear errors."""
+
+import hashlib
+import importlib.resources
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dafm_ray.errors import DataError
+
+PACKAGE_SCHEME = "package://"
+"""`package://some.package/file.safetensors`: weights that ship inside a Python package."""
+
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of one or more weights files.
+
+    Attributes:
+        tensors: full key -> tensor. A file that nests its state dict under a key, as
+            `{"epoch": 7, "CLIP": {...}}`, gives keys with that prefix: `CLIP.visual.conv1.weight`.
+        metadata: the JSON values of a safetensors header (our own files say how to build them).
+        where: the location, for messages.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+    def section(self, *prefixes: str) -> dict[str, Tensor]:
+        """Tensors below the first of `prefixes` that occurs, without the prefix.
+
+        Raises:
+            DataError: none occurs.
+        """
+        for prefix in prefixes:
+            found = {
+                key[len(prefix) + 1 :]: tensor
+                for key, tensor in self.tensors.items()
+                if key.startswith(f"{prefix}.")
+            }
+            if found:
+                return found
+        found_prefixes = sorted({key.split(".")[0] for key in self.tensors})
+        raise DataError(
+            f"{self.where} holds no {' or '.join(prefixes)} weights "
+            f"(it holds: {', '.join(found_prefixes[:_NAMES_SHOWN])})"
+        )
+
+
+def read_checkpoint(location: str) -> Checkpoint:
+    """Read `.safetensors`, `.pt` or `.pth` files; several are joined with `+`.
+
+    Args:
+        location: a path, a `package://` address, or several joined with `+`, as in
+            `tuned_clip.pt+combiner.pt`.
+
+    Raises:
+        DataError: missing, unreadable, or a pickled object instead of tensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for part in location.split("+"):
+        path = _local_path(part)
+        if path.suffix == ".safetensors":
+            read, header = _read_safetensors(path)
+            metadata |= header
+        else:
+            read = _flatten(_read_pickle_free(path))
+        tensors |= read
+    return Checkpoint(tensors, metadata, location)
+
+
+def weights_digest(location: str) -> str:
+    """SHA-256 of the bytes of weights files; a name that is no file, as `random`, is itself.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    if location.startswith("random"):
+        return location
+    hasher = hashlib.sha256()
+    for part in location.split("+"):
+        with _local_path(part).open("rb") as file:
+            hasher.update(hashlib.file_digest(file, "sha256").digest())
+    return hasher.hexdigest()
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load every parameter and buffer, upcasting where the file is narrower than the module.
+
+    Raises:
+        DataError: names the missing, unexpected and mis-shaped keys.
+    """
+    expected = module.state_dict()
+    missing = [key for key in expected if key not in tensors]
+    unexpected = [key for key in tensors if key not in expected]
+    misshaped = [
+        f"{key} {tuple(tensors[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in tensors and tensors[key].shape != expected[key].shape
+    ]
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:_NAMES_SHOWN])})"
+        for what, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", misshaped),
+        )
+        if keys
+    ]
+    if problems:
+        raise DataError(
+            f"{where} does not fit {type(module).__name__}: {'; '.join(problems)}. "
+            "Is it a file of another model or size?"
+        )
+    module.load_state_dict(tensors)
+
+
+def _local_path(location: str) -> Path:
+    if location.startswith(PACKAGE_SCHEME):
+        package, _, name = location.removeprefix(PACKAGE_SCHEME).partition("/")
+        path = Path(str(importlib.resources.files(package).joinpath(name)))
+    else:
+        path = Path(location.removeprefix("file://"))
+    if not path.is_file():
+        raise DataError(f"there is no weights file {location}")
+    return path
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise DataError(f"{path} is not a readable safetensors file: {error}") from None
+    return tensors, {key: _as_json(value) for key, value in header.items()}
+
+
+def _as_json(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _read_pickle_free(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise DataError(
+            f"{path} holds pickled Python objects, and loading them would run code from the file. "
+            "Convert it once where you trust it: load it with its own project and "
+            "torch.save(model.state_dict(), ...)"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise DataError(f"{path} is not a readable checkpoint: {error}") from None
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Nested mappings of tensors to full keys; epoch counters, optimiser states are left out."""
+    if isinstance(value, Tensor):
+        return {prefix: value}
+    if not isinstance(value, Mapping):
+        return {}
+    tensors: dict[str, Tensor] = {}
+    for key, item in value.items():
+        if isinstance(key, str) and not (prefix == "" and key.startswith("optimizer")):
+            tensors |= _flatten(item, f"{prefix}.{key}" if prefix else key)
+    return tensors

@@ -1,0 +1,243 @@
+"""CLIP4CIR (Baldrati et al., CVPRW 2022 and CVPR 2022): sum of fine-tuned towers, or a Combiner."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from dafm_ray.errors import ConfigError
+from dafm_ray.models.base import FrozenModel, ModelId
+from dafm_ray.models.captions import join_capitalised
+from dafm_ray.models.checkpoints import Checkpoint, load_strictly, read_checkpoint
+from dafm_ray.models.clip_towers import (
+    RN50X4,
+    TINY,
+    TowerSizes,
+    build_towers,
+    load_towers,
+    tokenize,
+    vocabulary_of,
+)
+from dafm_ray.models.preprocess import target_pad, to_tensor
+
+
+class Combiner(nn.Module):
+    """Learned fusion of un-normalised image and text features.
+
+    output = L2(W [text'; image'] + s text + (1 - s) image), s in (0, 1) per query; the
+    concatenation order is text, then image.
+
+    Args:
+        width: D of both features.
+        projection: width each feature is projected to.
+        hidden: width of the hidden layers.
+    """
+
+    def __init__(self, width: int, projection: int, hidden: int) -> None:
+        super().__init__()
+        self.text_projection_layer = nn.Linear(width, projection)
+        self.image_projection_layer = nn.Linear(width, projection)
+        self.combiner_layer = nn.Linear(2 * projection, hidden)
+        self.output_layer = nn.Linear(hidden, width)
+        self.dynamic_scalar = nn.Sequential(
+            nn.Linear(2 * projection, hidden),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(hidden, 1),
+            nn.Sigmoid(),
+        )
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, image_BD: Tensor, text_BD: Tensor) -> Tensor:
+        """(B, D), (B, D) -> (B, D), L2-normalised."""
+        text_BP = self.dropout(F.relu(self.text_projection_layer(text_BD)))
+        image_BP = self.dropout(F.relu(self.image_projection_layer(image_BD)))
+        both_B2P = torch.cat([text_BP, image_BP], dim=-1)
+        hidden_BH = self.dropout(F.relu(self.combiner_layer(both_B2P)))
+        share_B1 = self.dynamic_scalar(both_B2P)
+        mixed_BD = share_B1 * text_BD + (1 - share_B1) * image_BD
+        return F.normalize(self.output_layer(hidden_BH) + mixed_BD, dim=-1)
+
+
+class ClipPair(nn.Module):
+    """The weights of CLIP4CIR under the names of its checkpoints."""
+
+    def __init__(self, towers: nn.Module, combiner: Combiner | None) -> None:
+        super().__init__()
+        self.CLIP = towers
+        self.Combiner = combiner
+
+
+class ClipModel(FrozenModel):
+    """What every model on a pair of CLIP towers shares."""
+
+    variants: ClassVar[tuple[str, ...]]
+    module: ClipPair
+
+    def __init__(
+        self,
+        module: ClipPair,
+        sizes: TowerSizes,
+        variant: str,
+        vocabulary: Sequence[int] | None = None,
+    ) -> None:
+        self.module = module
+        self.sizes = sizes
+        self.variant = variant
+        self.vocabulary = vocabulary
+
+    @classmethod
+    def load(cls, model_id: ModelId) -> Self:
+        """Load the authors' files, SPN4CIR's second stage, our own, or random weights."""
+        if model_id.variant not in cls.variants:
+            raise ConfigError(f"{model_id}: choose one of {', '.join(cls.variants)}")
+        if model_id.weights.startswith("random"):
+            sizes = TINY if model_id.weights == "random-tiny" else RN50X4
+            return cls.random(sizes, model_id.variant)
+        checkpoint = read_checkpoint(model_id.weights)
+        towers, sizes = towers_of(checkpoint)
+        combiner = combiner_of(checkpoint) if model_id.variant == "combiner" else None
+        vocabulary = checkpoint.metadata.get("vocabulary")
+        return cls(ClipPair(towers, combiner), sizes, model_id.variant, vocabulary)
+
+    @classmethod
+    def random(
+        cls,
+        sizes: TowerSizes,
+        variant: str,
+        vocabulary: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Randomly initialised weights from a seed."""
+        width = sizes.embed_dim
+        towers = seeded(seed, lambda: build_towers(sizes))
+        combiner = None
+        if variant == "combiner":
+            combiner = seeded(seed, lambda: Combiner(width, 4 * width, 8 * width))
+        return cls(ClipPair(towers, combiner), sizes, variant, vocabulary)
+
+    def header(self) -> dict[str, Any]:
+        """What a weights file must say besides its tensors so that it can be built again."""
+        return {"sizes": self.sizes.to_json(), "vocabulary": self.vocabulary}
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """TargetPad 1.25, bicubic resize, centre crop, CLIP statistics."""
+        return to_tensor(image, self.sizes.image_size, target_pad)
+
+    def caption(self, captions: Sequence[str]) -> str:
+        """Stripped, the first capitalised, joined with " and "."""
+        return join_capitalised(captions)
+
+    def encode_images(self, images_B3HW: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D), not normalised."""
+        features: Tensor = self.module.CLIP.encode_image(images_B3HW)  # type: ignore[operator]
+        return features
+
+    def encode_texts(self, texts_B: Sequence[str]) -> Tensor:
+        """B texts -> (B, D), not normalised."""
+        tokens_BT = tokenize(texts_B, self.sizes.context_length, self.vocabulary)
+        return self.encode_tokens(tokens_BT)
+
+    def encode_tokens(self, tokens_BT: Tensor) -> Tensor:
+        """(B, T) token ids -> (B, D), not normalised."""
+        device = next(self.module.parameters()).device
+        features: Tensor = self.module.CLIP.encode_text(tokens_BT.to(device))  # type: ignore[operator]
+        return features
+
+    def encode_gallery(self, images_B3HW: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D), L2-normalised."""
+        return F.normalize(self.encode_images(images_B3HW), dim=-1)
+
+    @staticmethod
+    def score(query_features: Tensor, gallery_features: Tensor) -> Tensor:
+        """Dot product of (Q, D) and (N, D)."""
+        return query_features @ gallery_features.T
+
+
+class Clip4Cir(ClipModel):
+    """`clip4cir:sum` and `clip4cir:combiner`."""
+
+    variants = ("sum", "combiner")
+
+    @classmethod
+    def start(
+        cls,
+        model_id: ModelId,
+        scratch: Mapping[str, Any],
+        captions: Sequence[Sequence[str]],
+        seed: int,
+    ) -> "Clip4Cir":
+        """`scratch` holds `towers` (fields of `TowerSizes`) and `combiner` (projection, hidden).
+
+        Towers from scratch know the words of the training captions and no others.
+        """
+        if model_id.weights != "scratch":
+            checkpoint = read_checkpoint(model_id.weights)
+            towers, sizes = towers_of(checkpoint)
+            vocabulary = checkpoint.metadata.get("vocabulary")
+        else:
+            vocabulary = vocabulary_of([join_capitalised(texts) for texts in captions])
+            sizes = _sizes_from(scratch, len(vocabulary))
+            towers = seeded(seed, lambda: build_towers(sizes))
+        combiner = None
+        if model_id.variant == "combiner":
+            widths = {"projection": 4 * sizes.embed_dim, "hidden": 8 * sizes.embed_dim}
+            widths |= scratch.get("combiner", {})
+            combiner = seeded(seed, lambda: Combiner(sizes.embed_dim, **widths))
+        return cls(ClipPair(towers, combiner), sizes, model_id.variant, vocabulary)
+
+    def encode_queries(
+        self, references_R3HW: Tensor, reference_index_B: Tensor, captions_B: Sequence[str]
+    ) -> Tensor:
+        """Sum: L2(image + text). Combiner: its output. (B, D)."""
+        image_BD = self.encode_images(references_R3HW)[reference_index_B]
+        return self.fuse(image_BD, self.encode_texts(captions_B))
+
+    def fuse(self, image_BD: Tensor, text_BD: Tensor) -> Tensor:
+        """Un-normalised tower features -> L2-normalised query features (B, D)."""
+        if self.module.Combiner is not None:
+            fused: Tensor = self.module.Combiner(image_BD, text_BD)
+            return fused
+        return F.normalize(image_BD + text_BD, dim=-1)
+
+
+def towers_of(checkpoint: Checkpoint) -> tuple[nn.Module, TowerSizes]:
+    """Towers from the layouts `CLIP.*` (authors, ours) and `state_dict.clip.*` (SPN4CIR)."""
+    tensors = checkpoint.section("CLIP", "state_dict.clip")
+    if "sizes" in checkpoint.metadata:
+        sizes = TowerSizes.from_json(checkpoint.metadata["sizes"])
+    else:
+        sizes = TowerSizes.from_weights(tensors, checkpoint.metadata.get("text_heads"))
+    return load_towers(tensors, sizes, checkpoint.where), sizes
+
+
+def combiner_of(checkpoint: Checkpoint) -> Combiner:
+    """The Combiner of a checkpoint, sized from its tensors."""
+    tensors = checkpoint.section("Combiner")
+    if "output_layer.weight" not in tensors or "text_projection_layer.weight" not in tensors:
+        combiner = Combiner(1, 1, 1)
+    else:
+        width, hidden = tensors["output_layer.weight"].shape
+        combiner = Combiner(width, tensors["text_projection_layer.weight"].shape[0], hidden)
+    load_strictly(combiner, tensors, checkpoint.where)
+    return combiner
+
+
+def _sizes_from(scratch: Mapping[str, Any], vocab_size: int) -> TowerSizes:
+    try:
+        return TowerSizes.from_json({**scratch["towers"], "vocab_size": vocab_size})
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"scratch.towers must hold the fields of TowerSizes: {error}") from None
+
+
+Built = TypeVar("Built")
+
+
+def seeded(seed: int, build: Callable[[], Built]) -> Built:
+    """Build something random from a seed, leaving torch's generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()

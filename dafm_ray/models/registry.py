@@ -1,0 +1,49 @@
+"""Which families there are. A new one is a file and a row here, or an entry point elsewhere.
+
+A package of somebody else's registers a family under the entry-point group `dafm_ray.models`,
+as `myfamily = "mypackage.module:MyModel"`.
+"""
+
+import importlib
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+
+from dafm_ray.errors import ConfigError
+from dafm_ray.models.base import FrozenModel, ModelId
+
+ENTRY_POINTS = "dafm_ray.models"
+
+FAMILIES = {
+    "clip4cir": "dafm_ray.models.clip4cir:Clip4Cir",
+    "zeroshot": "dafm_ray.models.zeroshot:ZeroShot",
+}
+
+
+def families() -> dict[str, str]:
+    """Family -> `module:class`, the package's own rows and those of entry points."""
+    registered = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
+    return registered | FAMILIES
+
+
+def family(name: str) -> type[FrozenModel]:
+    """The class of a family.
+
+    Raises:
+        ConfigError: no such family; names the nearest.
+    """
+    known = families()
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"there is no model family {name!r}{hint} Known: {', '.join(known)}")
+    module, _, attribute = known[name].partition(":")
+    loaded: type[FrozenModel] = getattr(importlib.import_module(module), attribute)
+    return loaded
+
+
+def load_model(model_id: str) -> FrozenModel:
+    """Load `family:variant@weights`, frozen, in evaluation mode, on the CPU."""
+    parsed = ModelId.parse(model_id)
+    model = family(parsed.family).load(parsed)
+    model.module.requires_grad_(False).eval()
+    return model

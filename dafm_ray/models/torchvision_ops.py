@@ -1,0 +1,33 @@
+"""Lets torchvision be imported beside a CPU-only torch.
+
+Published torchvision wheels for Linux are CUDA builds: beside a CPU-only torch their compiled part
+does not load and `import torchvision` raises "operator torchvision::nms does not exist", which
+breaks open_clip, timm and transformers. Defining the two schemas first cures it; the operators
+themselves stay unavailable, and nothing here calls them.
+"""
+
+import sys
+from typing import Any
+
+_keep_alive: list[Any] = []
+
+
+def make_torchvision_importable() -> None:
+    """Import torchvision, defining its operator schemas first where its own library is missing.
+
+    Call it before the first import of open_clip, timm or transformers in a process.
+    """
+    if "torchvision" in sys.modules:
+        return
+    try:
+        import torchvision  # type: ignore[import-untyped]
+    except RuntimeError:
+        import torch
+
+        for name in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
+        _keep_alive.append(library)
+        import torchvision  # noqa: F401

@@ -1,0 +1,30 @@
+"""Single-modality baselines on any pair of CLIP towers: the image alone, the text alone."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dafm_ray.models.clip4cir import ClipModel
+
+
+class ZeroShot(ClipModel):
+    """`zeroshot:image` ranks by the reference alone, `zeroshot:text` by the text alone.
+
+    Reads the towers of every file that CLIP4CIR's loader reads.
+    """
+
+    variants = ("image", "text")
+
+    @property
+    def uses_reference(self) -> bool:
+        """False for the text alone."""
+        return self.variant == "image"
+
+    def encode_queries(
+        self, references_R3HW: Tensor, reference_index_B: Tensor, captions_B: Sequence[str]
+    ) -> Tensor:
+        """(B, D), L2-normalised feature of the one modality."""
+        if self.variant == "text":
+            return F.normalize(self.encode_texts(captions_B), dim=-1)
+        return F.normalize(self.encode_images(references_R3HW), dim=-1)[reference_index_B]

@@ -1,0 +1,83 @@
+"""Progress of long work: a bar with rate and ETA on a terminal, `status.json` for machines."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+from tqdm import tqdm
+
+StatusWriter = Callable[[bytes], None]
+_INTERVAL_S = 1.0
+
+
+@dataclass
+class Status:
+    """What `status.json` says; `rate` in items a second."""
+
+    stage: str
+    done: int
+    total: int
+    rate: float = 0.0
+    failures: int = 0
+
+
+class Progress:
+    """Counts the items of one stage."""
+
+    def __init__(self, status: Status, unit: str, write_status: StatusWriter | None) -> None:
+        self._status = status
+        self._write_status = write_status
+        self._already_done = status.done
+        self._started = self._written = time.monotonic()
+        self._bar = tqdm(
+            desc=status.stage, total=status.total, initial=status.done, unit=unit, disable=None
+        )
+        self._write()
+
+    def advance(self, items: int = 1, failures: int = 0) -> None:
+        """Count finished and failed items."""
+        now = time.monotonic()
+        self._status.done += items
+        self._status.failures += failures
+        self._status.rate = (self._status.done - self._already_done) / max(
+            now - self._started, 1e-9
+        )
+        self._bar.update(items)
+        if now - self._written >= _INTERVAL_S:
+            self._written = now
+            self._write()
+
+    def close(self) -> None:
+        """End the bar and write the last status."""
+        self._bar.close()
+        self._write()
+
+    def _write(self) -> None:
+        if self._write_status is not None:
+            self._write_status((json.dumps(asdict(self._status)) + "\n").encode())
+
+
+@contextmanager
+def progress(
+    stage: str,
+    total: int,
+    done: int = 0,
+    unit: str = "item",
+    write_status: StatusWriter | None = None,
+) -> Iterator[Progress]:
+    """Show the progress of a stage.
+
+    Args:
+        stage: its name.
+        total: items in all.
+        done: items an earlier run has finished.
+        unit: what an item is.
+        write_status: stores the bytes of `status.json`; called at most once a second.
+    """
+    shown = Progress(Status(stage, done, total), unit, write_status)
+    try:
+        yield shown
+    finally:
+        shown.close()

@@ -1,0 +1,48 @@
+"""The report: one self-contained HTML page that works from file://."""
+
+from collections.abc import Mapping, Sequence
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from dafm_ray.report.cases import Case
+from dafm_ray.report.tables import Table
+from dafm_ray.tiles.manifest import Manifest
+from dafm_ray.tiles.store import Failure
+
+_FAILURES_SHOWN = 50
+
+
+def render(
+    table: Table,
+    manifest: Manifest,
+    cases: Sequence[Case],
+    pictures: Mapping[str, str],
+    failures: Sequence[Failure],
+    notes: Sequence[str],
+) -> str:
+    """Render the page; every text from the data is escaped.
+
+    Args:
+        table: the results.
+        manifest: of the store, for the protocol box.
+        cases: queries with their rankings.
+        pictures: gallery id -> data URI.
+        failures: items that could not be used.
+        notes: sentences for the summary.
+    """
+    environment = Environment(
+        loader=PackageLoader("dafm_ray", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(
+        table=table,
+        manifest=manifest,
+        cases=cases,
+        pictures=pictures,
+        failures=failures[:_FAILURES_SHOWN],
+        failures_total=len(failures),
+        notes=notes,
+    )

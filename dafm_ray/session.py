@@ -1,0 +1,54 @@
+"""Connecting to Ray: the cluster a job was submitted to, or a local one of our own."""
+
+import os
+
+_OBJECT_STORE_BYTES = 1_000_000_000
+
+
+def ensure_ray() -> None:
+    """Connect once; a local Ray that this starts ends with the process.
+
+    A job submitted to a cluster finds it through RAY_ADDRESS. Without one, a Ray of this machine
+    alone is started, bound to loopback.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+        return
+    # Ray's own log lines of a private session; errors still reach the caller as exceptions.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=_OBJECT_STORE_BYTES,
+    )
+
+
+def available_cpus() -> float:
+    """CPUs of the whole cluster."""
+    import ray
+
+    return float(ray.cluster_resources().get("CPU", 1))
+
+
+def quiet_data() -> None:
+    """Turn off Ray Data's own progress bars; the caller shows one of its own."""
+    import logging
+
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def one_thread() -> None:
+    """Pin torch to one thread in a worker: spinning threads on a busy machine cost up to 10 x."""
+    import torch
+
+    torch.set_num_threads(1)

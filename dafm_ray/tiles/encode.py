@@ -1,0 +1,215 @@
+"""Encoding on Ray Data: a decode stage on CPUs, then one actor pool a sub-model.
+
+A row of the pipeline is one encode block (`Unit`). Its images are decoded once, whatever the
+number of sub-models, and pass from pool to pool; each pool preprocesses, encodes and commits its
+own block. A block's shape does not depend on the number of actors, so neither do its features.
+"""
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dafm_ray.config import ModelConfig
+from dafm_ray.datasets.base import Dataset, ImageSource
+from dafm_ray.datasets.images import ImageError
+from dafm_ray.errors import ConfigError
+from dafm_ray.models.registry import load_model
+from dafm_ray.progress import Progress
+from dafm_ray.session import available_cpus, one_thread
+from dafm_ray.tiles.store import ROLES, Failure, Role, TileStore, feature_key, spans
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from dafm_ray.models.base import FrozenModel
+    from dafm_ray.tiles.blocks import Array
+
+DECODE_CPUS = 0.5
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One encode block on its way through the pipeline.
+
+    Attributes:
+        images: the distinct images of the block, decoded, or the reason why one is unusable.
+            Candidates have one each; queries share their references.
+        image_index: which image each item uses.
+        captions: of each query; empty for candidates.
+        todo: models whose block is not finished.
+    """
+
+    role: Role
+    block: int
+    ids: tuple[str, ...]
+    locators: tuple[str, ...]
+    image_index: tuple[int, ...]
+    captions: tuple[tuple[str, ...], ...]
+    todo: tuple[str, ...]
+    images: tuple["Image.Image | str", ...] = field(default=(), repr=False)
+
+
+def plan_units(store: TileStore, dataset: Dataset, models: Sequence[str]) -> list[Unit]:
+    """Blocks that at least one of `models` has not finished."""
+    done = store.finished()
+    units: list[Unit] = []
+    for role in ROLES:
+        for block, rows in enumerate(spans(store.size(role), store.manifest.grid.encode_block)):
+            todo = tuple(m for m in models if feature_key(m, role, block) not in done)
+            if todo:
+                units.append(_unit(dataset, role, block, rows, todo))
+    return units
+
+
+def _unit(dataset: Dataset, role: Role, block: int, rows: range, todo: tuple[str, ...]) -> Unit:
+    gallery = dataset.gallery
+    if role == "gallery":
+        ids = gallery.ids[rows.start : rows.stop]
+        locators = gallery.locators[rows.start : rows.stop]
+        return Unit(role, block, ids, locators, tuple(range(len(rows))), (), todo)
+    queries = dataset.queries[rows.start : rows.stop]
+    references = list(dict.fromkeys(query.reference for query in queries))
+    index = {id: n for n, id in enumerate(references)}
+    return Unit(
+        role,
+        block,
+        tuple(query.id for query in queries),
+        tuple(gallery.locators[gallery.position(id)] for id in references),
+        tuple(index[query.reference] for query in queries),
+        tuple(query.captions for query in queries),
+        todo,
+    )
+
+
+def encode(
+    store: TileStore, dataset: Dataset, pools: Sequence[ModelConfig], shown: Progress
+) -> None:
+    """Encode every unfinished block; needs a Ray session.
+
+    Args:
+        store: receives the features and the quarantine.
+        dataset: opens the images.
+        pools: one a model.
+        shown: counts blocks, once per model.
+
+    Raises:
+        ConfigError: the pools do not fit the cluster.
+    """
+    import ray.data
+
+    units = plan_units(store, dataset, [pool.name for pool in pools])
+    if not units:
+        return
+    busy = {model for unit in units for model in unit.todo}
+    pools = [pool for pool in pools if pool.name in busy]
+    rows = [{"unit": pickle.dumps(unit)} for unit in units]
+    stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        decode, fn_kwargs={"source": dataset.source, "store": store}, num_cpus=DECODE_CPUS
+    )
+    cpus = actor_cpus(available_cpus(), pools)
+    for pool in pools:
+        stream = stream.map(
+            Encoder,
+            fn_constructor_kwargs={"store": store, "pool": pool, "last": pool is pools[-1]},
+            compute=ray.data.ActorPoolStrategy(size=pool.actors),
+            num_cpus=cpus,
+            num_gpus=pool.num_gpus or None,
+        )
+    for row in stream.iter_rows():
+        shown.advance(row["blocks"], row["failures"])
+
+
+def actor_cpus(cpus: float, pools: Sequence[ModelConfig]) -> float:
+    """CPUs an actor may claim so that decoding always finds some; a starved pool hangs silently.
+
+    Raises:
+        ConfigError: too many actors.
+    """
+    actors = sum(pool.actors for pool in pools)
+    budget = cpus - max(1.0, cpus / 4) if cpus >= 2 else cpus - DECODE_CPUS
+    # Hundredths, and never equal to the decode stage's, which Ray Data would then fuse with it.
+    share = min(1.0, int(100 * budget / actors) / 100)
+    if share <= 0:
+        raise ConfigError(
+            f"{actors} actors do not fit {cpus:g} CPUs; lower `actors` of the models, "
+            "or start Ray with more CPUs"
+        )
+    return share - 0.01 if share == DECODE_CPUS else share
+
+
+def decode(row: dict[str, Any], source: ImageSource, store: TileStore) -> dict[str, Any]:
+    """Decode a unit's images and list those that cannot be used."""
+    unit: Unit = pickle.loads(row["unit"])
+    images = tuple(_open(source, locator) for locator in unit.locators)
+    failures = [
+        Failure(unit.role, id, reason)
+        for id, index in zip(unit.ids, unit.image_index, strict=True)
+        if isinstance(reason := images[index], str)
+    ]
+    if failures:
+        store.quarantine(unit.role, unit.block, failures)
+    return {"unit": pickle.dumps(replace(unit, images=images))}
+
+
+def _open(source: ImageSource, locator: str) -> "Image.Image | str":
+    try:
+        return source.open(locator)
+    except ImageError as error:
+        return str(error)
+
+
+class Encoder:
+    """An actor of one model's pool."""
+
+    def __init__(self, store: TileStore, pool: ModelConfig, last: bool) -> None:
+        one_thread()
+        self.store = store
+        self.name = pool.name
+        self.last = last
+        self.device = "cuda" if pool.num_gpus else "cpu"
+        self.model: FrozenModel = load_model(pool.id)
+        self.model.module.to(self.device)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Commit the block if this model has not; pass the unit on, or a count at the end."""
+        unit: Unit = pickle.loads(row["unit"])
+        if self.name in unit.todo:
+            features = encode_unit(self.model, unit, self.device)
+            self.store.write(feature_key(self.name, unit.role, unit.block), features)
+        if not self.last:
+            return row
+        failed = sum(isinstance(unit.images[index], str) for index in unit.image_index)
+        return {"blocks": len(unit.todo), "failures": failed}
+
+
+def encode_unit(model: "FrozenModel", unit: Unit, device: str = "cpu") -> "Array":
+    """(items, ...) float32 features of a unit; NaN where the image is unusable."""
+    import torch
+
+    images_R3HW = _stack(model, unit.images).to(device)
+    with torch.inference_mode():
+        if unit.role == "gallery":
+            encoded = model.encode_gallery(images_R3HW)
+        else:
+            index_B = torch.tensor(unit.image_index, device=device)
+            captions_B = [model.caption(captions) for captions in unit.captions]
+            encoded = model.encode_queries(images_R3HW, index_B, captions_B)
+    features: Array = encoded.float().cpu().numpy()
+    if unit.role == "gallery" or model.uses_reference:
+        unusable = [isinstance(unit.images[index], str) for index in unit.image_index]
+        features[np.array(unusable)] = np.nan
+    return features
+
+
+def _stack(model: "FrozenModel", images: Sequence["Image.Image | str"]) -> "Tensor":
+    """(R, 3, H, W); zeros stand for unusable images, so that a block keeps its shape."""
+    import torch
+
+    tensors = [None if isinstance(image, str) else model.preprocess(image) for image in images]
+    usable = [tensor for tensor in tensors if tensor is not None]
+    blank = torch.zeros_like(usable[0]) if usable else torch.zeros(3, 32, 32)
+    return torch.stack([blank if tensor is None else tensor for tensor in tensors])

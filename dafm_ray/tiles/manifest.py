@@ -1,0 +1,103 @@
+"""What a store holds, fixed at its first run."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from dafm_ray.datasets.base import ReferencePolicy, digest
+from dafm_ray.errors import DataError
+
+FORMAT = 1
+LIBRARIES = ("dafm-ray", "torch", "ray", "pyarrow", "numpy", "pillow", "open_clip_torch")
+
+ScoreType = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One sub-model of a store: its id and the digest of its weights."""
+
+    id: str
+    weights_digest: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Block shapes; they never change after the first run, so that a resumed store is the same.
+
+    Attributes:
+        encode_block: images or queries encoded at once.
+        tile_queries: rows of a similarity tile.
+        tile_candidates: columns of a similarity tile.
+    """
+
+    encode_block: int
+    tile_queries: int
+    tile_candidates: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The store's identity. Digests are over ids, labels and weights, not over timings.
+
+    Attributes:
+        dataset: what opens the data set again, as in the job's configuration.
+        protocol: label every table prints.
+        policy: what happens to a query's reference among the candidates.
+        tables: file name -> checksum of `gallery.arrow` and `queries.arrow`.
+    """
+
+    dataset: dict[str, Any]
+    protocol: str
+    policy: ReferencePolicy
+    gallery_size: int
+    gallery_digest: str
+    queries_size: int
+    queries_digest: str
+    score_type: ScoreType
+    grid: Grid
+    tables: dict[str, str]
+    models: dict[str, ModelEntry] = field(default_factory=dict)
+    order: str = "blake2b-16(id), id"
+    format: int = FORMAT
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_bytes(self) -> pa.Buffer:
+        """Canonical JSON with a digest of itself: any flipped bit shows."""
+        values = asdict(self)
+        return pa.py_buffer(_canonical({**values, "digest": digest([_canonical(values).decode()])}))
+
+    @staticmethod
+    def from_bytes(data: pa.Buffer, where: str) -> "Manifest":
+        """Inverse of `to_bytes`.
+
+        Raises:
+            DataError: not a manifest, changed since it was written, or of a newer format.
+        """
+        raw = bytes(memoryview(data))
+        try:
+            values = json.loads(raw)
+            stored = values.pop("digest")
+            found = values.get("format")
+        except (ValueError, KeyError, AttributeError):
+            raise DataError(f"{where} is not a store manifest, or it is damaged") from None
+        if found != FORMAT:
+            raise DataError(f"{where} has format {found}; this version reads format {FORMAT}")
+        canonical = _canonical({**values, "digest": stored})
+        if raw != canonical or stored != digest([_canonical(values).decode()]):
+            raise DataError(f"{where} has changed since it was written; restore it from a copy")
+        values["grid"] = Grid(**values["grid"])
+        values["models"] = {name: ModelEntry(**entry) for name, entry in values["models"].items()}
+        return Manifest(**values)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that numbers may depend on."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def _canonical(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,93 @@
+"""The precompute job: features, then similarity tiles; what is finished is never done again."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+
+from dafm_ray.config import PrecomputeConfig
+from dafm_ray.datasets.base import Dataset
+from dafm_ray.datasets.registry import load_dataset
+from dafm_ray.models.base import ModelId
+from dafm_ray.models.checkpoints import weights_digest
+from dafm_ray.progress import StatusWriter, progress
+from dafm_ray.session import ensure_ray, quiet_data
+from dafm_ray.tiles.encode import encode
+from dafm_ray.tiles.lease import writing
+from dafm_ray.tiles.manifest import Grid, ModelEntry
+from dafm_ray.tiles.similarity import score_tiles
+from dafm_ray.tiles.storage import Storage, open_storage
+from dafm_ray.tiles.store import ROLES, Failure, TileStore
+
+QUARANTINE = "quarantine.csv"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished precompute.
+
+    Attributes:
+        blocks: encode blocks and tiles computed by this run; 0 when all were there.
+        failures: items of the store that could not be used.
+    """
+
+    store: TileStore
+    blocks: int
+    failures: list[Failure]
+
+
+def precompute(config: PrecomputeConfig, dataset: Dataset | None = None) -> Outcome:
+    """Fill a store with the features and tiles of every model.
+
+    Args:
+        config: the job.
+        dataset: what is searched, if it is open already.
+
+    Raises:
+        ConfigError, DataError: see `TileStore.create` and `encode`.
+        MachineError: another run holds the store, or the disk refuses.
+    """
+    dataset = dataset or load_dataset(config.dataset)
+    grid = Grid(config.encode_block, config.tile_queries, config.tile_candidates)
+    names = [model.name for model in config.models]
+    models = {
+        model.name: ModelEntry(model.id, weights_digest(ModelId.parse(model.id).weights))
+        for model in config.models
+    }
+    storage = open_storage(config.store)
+    with writing(storage):
+        spec = asdict(config.dataset)
+        store = TileStore.create(config.store, dataset, spec, models, grid, config.score_type)
+        keys = [key for name in names for role in ROLES for key in store.feature_keys(name, role)]
+        done = store.finished()
+        features_done = sum(key in done for key in keys)
+        tiles = [key for name in names for key in store.score_keys(name)]
+        tiles_done = sum(key in done for key in tiles)
+        missing = len(keys) - features_done + len(tiles) - tiles_done
+        if missing:
+            status = _status_writer(storage)
+            ensure_ray()
+            quiet_data()
+            with progress("encode", len(keys), features_done, "block", status) as shown:
+                encode(store, dataset, config.models, shown)
+            with progress("similarity", len(tiles), tiles_done, "tile", status) as shown:
+                score_tiles(store, names, shown, config.scoring_gpus)
+        failures = store.failures()
+        store.finished()
+        if failures:
+            storage.write(QUARANTINE, _table(failures))
+    return Outcome(store, missing, failures)
+
+
+def _status_writer(storage: Storage) -> StatusWriter:
+    return lambda data: storage.write("status.json", pa.py_buffer(data))
+
+
+def _table(failures: Sequence[Failure]) -> pa.Buffer:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["role", "id", "reason"])
+    writer.writerows((failure.role, failure.id, failure.reason) for failure in failures)
+    return pa.py_buffer(text.getvalue().encode())

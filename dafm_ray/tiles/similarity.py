@@ -1,0 +1,92 @@
+"""Similarity tiles on Ray Data: features in, one committed tile a row out."""
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dafm_ray.models.base import ModelId
+from dafm_ray.models.registry import family
+from dafm_ray.progress import Progress
+from dafm_ray.session import one_thread
+from dafm_ray.tiles.store import TileStore, score_key
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dafm_ray.tiles.blocks import Array
+
+PANEL = 64
+"""Operands are padded to a multiple of this many rows. Matrix kernels sum in another order at odd
+edges; with whole panels a score is bit-identical under every tile size."""
+
+
+def score_tiles(store: TileStore, models: Sequence[str], shown: Progress, gpus: float = 0) -> None:
+    """Compute every unfinished tile of `models`; needs a Ray session.
+
+    Args:
+        store: holds the features, receives the tiles.
+        models: short names in the store.
+        shown: counts tiles.
+        gpus: GPUs a tile takes while it is scored; 0 scores on CPUs.
+    """
+    import ray.data
+
+    missing = set(store.missing(models))
+    rows = [
+        {"model": model, "query_block": q, "candidate_block": n}
+        for model in models
+        for n in range(len(store.tile_columns))
+        for q in range(len(store.tile_rows))
+        if score_key(model, q, n) in missing
+    ]
+    if not rows:
+        return
+    stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        score_tile,
+        fn_kwargs={"store": store, "device": "cuda" if gpus else "cpu"},
+        num_cpus=1,
+        num_gpus=gpus or None,
+    )
+    for _ in stream.iter_rows():
+        shown.advance()
+
+
+def score_tile(row: dict[str, Any], store: TileStore, device: str = "cpu") -> dict[str, Any]:
+    """Score one query block against one candidate block and commit the tile."""
+    one_thread()
+    model, q, n = row["model"], row["query_block"], row["candidate_block"]
+    queries = store.features(model, "queries", store.tile_rows[q])
+    candidates = _candidates(store.uri, model, n, device)
+    scored = score_block(store.manifest.models[model].id, queries, candidates, device)
+    columns = store.tile_columns[n]
+    tile = scored[: len(store.tile_rows[q]), : len(columns)]
+    store.write(score_key(model, q, n), tile.astype(store.manifest.score_type))
+    return {"tile": score_key(model, q, n)}
+
+
+def score_block(model_id: str, queries: "Array", candidates: "Tensor", device: str) -> "Array":
+    """(Q, ...) and padded (N', ...) features -> padded (Q', N') float32 scores."""
+    import torch
+
+    score = family(ModelId.parse(model_id).family).score
+    with torch.inference_mode():
+        scores: Array = score(padded(queries).to(device), candidates).float().cpu().numpy()
+    return scores
+
+
+def padded(features: "Array") -> "Tensor":
+    """Rows of zeros up to a whole number of panels."""
+    import torch
+
+    extra = -len(features) % PANEL
+    filled = np.pad(features, [(0, extra), *([(0, 0)] * (features.ndim - 1))])
+    return torch.from_numpy(filled)
+
+
+@functools.lru_cache(maxsize=1)
+def _candidates(uri: str, model: str, block: int, device: str) -> "Tensor":
+    """The candidates of the tiles a worker scores in a row: read once."""
+    store = TileStore(uri)
+    return padded(store.features(model, "gallery", store.tile_columns[block])).to(device)

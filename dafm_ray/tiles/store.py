@@ -1,0 +1,345 @@
+"""The TileStore: features and similarity tiles of one data set under several sub-models.
+
+Layout below the root:
+
+    manifest.json                                what the store is (manifest.py)
+    gallery.arrow, queries.arrow                 ids in hash order; queries with their labels
+    features/MODEL/gallery/000012.DIGEST.arrow   one encode block
+    features/MODEL/queries/000003.DIGEST.arrow
+    scores/MODEL/00002-00000.DIGEST.arrow        one tile: query block - candidate block
+    records/...DIGEST.json                       one per finished block, written after it
+    quarantine/gallery-000012.json               images that could not be used, with reasons
+
+Only a record makes a block exist. Its name carries the block's checksum, so a listing is enough to
+know what is done, and every block is verified when a process first opens it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from dafm_ray.datasets.base import Dataset, Query
+from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.tiles import blocks
+from dafm_ray.tiles.blocks import Array
+from dafm_ray.tiles.manifest import Grid, Manifest, ModelEntry, ScoreType, library_versions
+from dafm_ray.tiles.storage import Storage, open_storage
+
+Role = Literal["gallery", "queries"]
+ROLES: tuple[Role, ...] = ("gallery", "queries")
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An item that could not be used, and why."""
+
+    role: Role
+    id: str
+    reason: str
+
+
+def spans(size: int, step: int) -> list[range]:
+    """Consecutive ranges of `step` that cover `size`; the last may be shorter."""
+    return [range(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+class TileStore:
+    """Reads and writes one store. Instances pickle as their URI."""
+
+    def __init__(self, uri: str) -> None:
+        """Open an existing store.
+
+        Raises:
+            DataError: there is none, or its manifest is damaged.
+        """
+        self.uri = uri
+        self.storage: Storage = open_storage(uri)
+        self._verified: set[str] = set()
+        try:
+            data = self.storage.read("manifest.json")
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(f"{uri} is not a tile store: it has no manifest.json") from None
+        self.manifest = Manifest.from_bytes(data, f"{uri}/manifest.json")
+
+    def __reduce__(self) -> tuple[type["TileStore"], tuple[str]]:
+        return type(self), (self.uri,)
+
+    @classmethod
+    def create(
+        cls,
+        uri: str,
+        dataset: Dataset,
+        spec: dict[str, Any],
+        models: dict[str, ModelEntry],
+        grid: Grid,
+        score_type: ScoreType,
+    ) -> "TileStore":
+        """Create a store, or open one of the same data set and add models that are new to it.
+
+        An existing store keeps its grid and score type, whatever is asked for.
+
+        Args:
+            uri: path or pyarrow filesystem URI.
+            dataset: gallery and queries to store.
+            spec: what opens the data set again.
+            models: short name -> id and weights digest.
+            grid: block shapes of a new store.
+            score_type: of a new store.
+
+        Raises:
+            ConfigError: a model name that is not a plain file name.
+            DataError: the store was made for another gallery, other queries or other weights.
+        """
+        for name in models:
+            if not _MODEL_NAME.fullmatch(name):
+                raise ConfigError(f"model name {name!r}: use letters, digits, '.', '_' and '-'")
+        storage = open_storage(uri)
+        if _exists(storage, "manifest.json"):
+            store = cls(uri)
+            store._check_same(dataset)
+            store._add_models(models)
+            return store
+        gallery, queries = dataset.gallery, dataset.queries
+        tables = {
+            "gallery.arrow": blocks.encode_gallery(gallery.ids, gallery.source_order),
+            "queries.arrow": blocks.encode_queries(queries),
+        }
+        for name, data in tables.items():
+            storage.write(name, data)
+        manifest = Manifest(
+            dataset=spec,
+            protocol=dataset.protocol,
+            policy=dataset.policy,
+            gallery_size=len(gallery),
+            gallery_digest=gallery.digest,
+            queries_size=len(queries),
+            queries_digest=dataset.queries_digest,
+            score_type=score_type,
+            grid=grid,
+            tables={name: blocks.checksum(data) for name, data in tables.items()},
+            models=models,
+            versions=library_versions(),
+        )
+        storage.write("manifest.json", manifest.to_bytes())
+        return cls(uri)
+
+    def _check_same(self, dataset: Dataset) -> None:
+        mine = self.manifest
+        for what, stored, given in (
+            ("gallery", mine.gallery_digest, dataset.gallery.digest),
+            ("queries", mine.queries_digest, dataset.queries_digest),
+        ):
+            if stored != given:
+                raise DataError(
+                    f"{self.uri} was made for another {what} "
+                    f"({mine.gallery_size} images, {mine.queries_size} queries; now "
+                    f"{len(dataset.gallery)} and {len(dataset.queries)}). Choose another folder"
+                )
+
+    def _add_models(self, models: dict[str, ModelEntry]) -> None:
+        stored = self.manifest.models
+        for name in models.keys() & stored.keys():
+            if stored[name].weights_digest != models[name].weights_digest:
+                raise DataError(
+                    f"{self.uri} holds model {name!r} with other weights ({stored[name].id}); "
+                    "give the new one another name"
+                )
+        if models.keys() - stored.keys():
+            self.manifest = replace(self.manifest, models={**models, **stored})
+            self.storage.write("manifest.json", self.manifest.to_bytes())
+
+    # What is searched
+
+    @cached_property
+    def _gallery(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        return blocks.decode_gallery(self._read_table("gallery.arrow"))
+
+    @property
+    def gallery_ids(self) -> tuple[str, ...]:
+        """(N,) ids in hash order."""
+        return self._gallery[0]
+
+    @property
+    def source_order(self) -> tuple[int, ...]:
+        """(N,) position of each candidate in the source, for audits."""
+        return self._gallery[1]
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """Gallery id -> position in hash order."""
+        return {id: n for n, id in enumerate(self.gallery_ids)}
+
+    @cached_property
+    def queries(self) -> tuple[Query, ...]:
+        """(Q,) queries in stored order."""
+        return blocks.decode_queries(self._read_table("queries.arrow"))
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the sub-models, sorted."""
+        return tuple(sorted(self.manifest.models))
+
+    def size(self, role: Role) -> int:
+        """Number of candidates or of queries."""
+        return self.manifest.gallery_size if role == "gallery" else self.manifest.queries_size
+
+    # Blocks
+
+    def feature_keys(self, model: str, role: Role) -> list[str]:
+        """Keys of all encode blocks of a model, finished or not."""
+        count = len(spans(self.size(role), self.manifest.grid.encode_block))
+        return [feature_key(model, role, block) for block in range(count)]
+
+    def score_keys(self, model: str) -> list[str]:
+        """Keys of all similarity tiles of a model, finished or not."""
+        rows, columns = self.tile_rows, self.tile_columns
+        return [score_key(model, q, n) for q in range(len(rows)) for n in range(len(columns))]
+
+    @property
+    def tile_rows(self) -> list[range]:
+        """Query ranges of the tile grid."""
+        return spans(self.manifest.queries_size, self.manifest.grid.tile_queries)
+
+    @property
+    def tile_columns(self) -> list[range]:
+        """Candidate ranges of the tile grid."""
+        return spans(self.manifest.gallery_size, self.manifest.grid.tile_candidates)
+
+    @cached_property
+    def _records(self) -> dict[str, str]:
+        """Key -> digest of every finished block, from one listing."""
+        found: dict[str, str] = {}
+        for path in self.storage.list("records"):
+            key, digest, _ = path.removeprefix("records/").rsplit(".", 2)
+            found.setdefault(key, digest)
+        return found
+
+    def finished(self) -> set[str]:
+        """Keys of all finished blocks, listed anew."""
+        self.__dict__.pop("_records", None)
+        return set(self._records)
+
+    def write(self, key: str, values: Array) -> None:
+        """Commit one block: first its bytes, then its record."""
+        data = blocks.encode_array(values)
+        digest = blocks.checksum(data)
+        self.storage.write(f"{key}.{digest}.arrow", data)
+        record = json.dumps({"key": key, "digest": digest, "bytes": data.size}).encode()
+        self.storage.write(f"records/{key}.{digest}.json", pa.py_buffer(record))
+
+    def read(self, key: str) -> Array:
+        """One block, verified at its first open in this process; a view into the local file.
+
+        Raises:
+            DataError: not finished, missing, or damaged.
+        """
+        digest = self._records.get(key)
+        if digest is None:
+            raise DataError(
+                f"{self.uri}: {key} is not there yet; run `dafm precompute` to the end first"
+            )
+        path = f"{key}.{digest}.arrow"
+        try:
+            data = self.storage.read(path)
+        except FileNotFoundError:
+            raise DataError(f"{self.uri}: {path} is missing; {_MEND}") from None
+        if path not in self._verified:
+            if blocks.checksum(data) != digest:
+                raise DataError(f"{self.uri}: {path} is damaged; {_MEND}")
+            self._verified.add(path)
+        return blocks.decode_array(data)
+
+    def features(self, model: str, role: Role, rows: range) -> Array:
+        """(len(rows), ...) features of consecutive items."""
+        step = self.manifest.grid.encode_block
+        first, last = rows.start // step, (rows.stop - 1) // step
+        parts = [self.read(feature_key(model, role, block)) for block in range(first, last + 1)]
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return joined[rows.start - first * step : rows.stop - first * step]
+
+    def scores(self, model: str, query_block: int) -> Array:
+        """(B, N) scores of one row of tiles; without a copy where one tile spans the gallery."""
+        columns = range(len(self.tile_columns))
+        parts = [self.read(score_key(model, query_block, n)) for n in columns]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    # Failures
+
+    def quarantine(self, role: Role, block: int, failures: Sequence[Failure]) -> None:
+        """List the items of one encode block that could not be used."""
+        rows = [{"id": failure.id, "reason": failure.reason} for failure in failures]
+        data = json.dumps(rows, ensure_ascii=False, indent=1).encode()
+        self.storage.write(f"quarantine/{role}-{block:06d}.json", pa.py_buffer(data))
+
+    def failures(self) -> list[Failure]:
+        """All items that could not be used, candidates first."""
+        found: list[Failure] = []
+        for path in self.storage.list("quarantine"):
+            role: Role = "gallery" if "/gallery-" in path else "queries"
+            rows = json.loads(bytes(memoryview(self.storage.read(path))))
+            found.extend(Failure(role, row["id"], row["reason"]) for row in rows)
+        return found
+
+    # Checks
+
+    def missing(self, models: Iterable[str] | None = None) -> list[str]:
+        """Keys of the tiles that are not finished, of some or of all models."""
+        done = self.finished()
+        names = self.models if models is None else models
+        return [key for name in names for key in self.score_keys(name) if key not in done]
+
+    def verify(self) -> Iterator[tuple[str, str]]:
+        """Check every record and every checksum; yield (path, problem), "" where all is well."""
+        for name in self.manifest.tables:
+            yield self._verify_one(name, self.manifest.tables[name])
+        for path in self.storage.list("records"):
+            key, digest, _ = path.removeprefix("records/").rsplit(".", 2)
+            try:
+                record = json.loads(bytes(memoryview(self.storage.read(path))))
+                sound = record["key"] == key and record["digest"] == digest
+            except (ValueError, KeyError, TypeError):
+                sound = False
+            if not sound:
+                yield path, "the record is damaged"
+            yield self._verify_one(f"{key}.{digest}.arrow", digest)
+
+    def _verify_one(self, path: str, digest: str) -> tuple[str, str]:
+        try:
+            data = self.storage.read(path)
+        except FileNotFoundError:
+            return path, "missing"
+        return path, "" if blocks.checksum(data) == digest else "damaged"
+
+    def _read_table(self, name: str) -> pa.Buffer:
+        path, problem = self._verify_one(name, self.manifest.tables[name])
+        if problem:
+            raise DataError(f"{self.uri}: {path} is {problem}; restore it from a copy")
+        return self.storage.read(path)
+
+
+_MEND = "delete it and its record below records/, then run `dafm precompute` again"
+
+
+def feature_key(model: str, role: Role, block: int) -> str:
+    """Key of one encode block."""
+    return f"features/{model}/{role}/{block:06d}"
+
+
+def score_key(model: str, query_block: int, candidate_block: int) -> str:
+    """Key of one similarity tile."""
+    return f"scores/{model}/{query_block:05d}-{candidate_block:05d}"
+
+
+def _exists(storage: Storage, path: str) -> bool:
+    try:
+        storage.read(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
