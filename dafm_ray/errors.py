@@ -4,6 +4,10 @@ Every message says what is wrong, where, and how to mend it. The command line pr
 without a traceback and ends with the class's exit code.
 """
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DafmError(Exception):
     """A failure a user can understand; base of all errors this package raises on purpose."""
@@ -32,3 +36,23 @@ class MachineError(DafmError):
 DONE = 0
 DONE_WITH_FAILURES = 4
 """Exit code of a run that finished although some items were quarantined or failed."""
+
+_REFUSALS = {
+    errno.ENOSPC: "the disk is full; free some space and start again, finished work is kept",
+    errno.EDQUOT: "the disk quota is used up; free some space and start again",
+    errno.EACCES: "permission denied; check who owns the folder",
+    errno.EPERM: "permission denied; check who owns the folder",
+    errno.EROFS: "the file system is read-only; choose another place",
+}
+
+
+@contextmanager
+def refusals(where: object) -> Iterator[None]:
+    """Turn what the machine refuses into a `MachineError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = _REFUSALS.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise MachineError(f"cannot write {where}: {reason}") from error

@@ -1,6 +1,14 @@
 """Connecting to Ray: the cluster a job was submitted to, or a local one of our own."""
 
 import os
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+from dafm_ray.errors import DafmError
+
+Row = dict[str, Any]
+"""A row of a Ray Data pipeline."""
 
 _OBJECT_STORE_BYTES = 1_000_000_000
 
@@ -29,6 +37,26 @@ def ensure_ray() -> None:
     )
 
 
+def explained(action: Callable[[], Row], row: Row) -> Row:
+    """Run one stage on a row; a `DafmError` travels on in the row's `error` instead of being lost.
+
+    Ray keeps the text of an exception raised in a worker, not the exception.
+    """
+    if row.get("error"):
+        return {"error": row["error"]}
+    try:
+        return {**action(), "error": b""}
+    except DafmError as error:
+        return {"error": pickle.dumps(error)}
+
+
+def finished(row: Row) -> Row:
+    """The row at the end of its stages; raises the error it carries, if any."""
+    if row["error"]:
+        raise pickle.loads(row["error"])
+    return row
+
+
 def available_cpus() -> float:
     """CPUs of the whole cluster."""
     import ray
@@ -42,9 +70,8 @@ def quiet_data() -> None:
 
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def one_thread() -> None:

@@ -141,7 +141,7 @@ class Dataset:
             )
         ordered = sorted(self.queries, key=lambda q: (hash_key(q.reference), hash_key(q.id)))
         object.__setattr__(self, "queries", tuple(ordered))
-        _refuse_duplicates((q.id for q in ordered), f"{where}: query id")
+        refuse_duplicates((q.id for q in ordered), f"{where}: query id")
         known = set(self.gallery.ids)
         for query in ordered:
             unknown = [
@@ -161,7 +161,8 @@ class Dataset:
         return digest(repr(query) for query in self.queries)
 
 
-def _refuse_duplicates(ids: Iterable[str], what: str) -> None:
+def refuse_duplicates(ids: Iterable[str], what: str) -> None:
+    """DataError that names the first id that stands twice."""
     seen: set[str] = set()
     for id in ids:
         if id in seen:

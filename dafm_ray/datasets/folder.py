@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dafm_ray.datasets.base import Dataset, Gallery, Query, exclude_reference
+from dafm_ray.datasets.base import Dataset, Gallery, Query, exclude_reference, refuse_duplicates
 from dafm_ray.datasets.images import Files
 from dafm_ray.errors import DataError
 
@@ -37,6 +37,7 @@ def load_folder(root: str) -> Dataset:
             for path in folder.rglob("*")
             if path.suffix.lower() in SUFFIXES and path.is_file()
         )
+    refuse_duplicates(names, f"{listed}: image")
     file = folder / QUERIES
     if not file.is_file():
         raise DataError(f"{folder} holds no {QUERIES}; write one query a line")

@@ -23,16 +23,18 @@ from dafm_ray.models.registry import load_model
 from dafm_ray.report.evaluate import Evaluation, evaluate
 from dafm_ray.tiles.precompute import precompute
 
-WEIGHTS = "package://dafm_ray.demo/weights/clip4cir.safetensors"
+STAGES = ("clip4cir_sum", "clip4cir_combiner")
+SHIPPED = "package://dafm_ray.demo/weights"
 
 
-def demo_models(weights: str = WEIGHTS) -> tuple[ModelConfig, ...]:
-    """The sub-models of the demo."""
+def demo_models(weights: str = SHIPPED) -> tuple[ModelConfig, ...]:
+    """The sub-models of the demo; the single-modality ones use the towers of the sum model."""
+    combined, combiner = (f"{weights}/{stage}.safetensors" for stage in STAGES)
     return (
-        ModelConfig("clip4cir-sum", f"clip4cir:sum@{weights}"),
-        ModelConfig("clip4cir-combiner", f"clip4cir:combiner@{weights}"),
-        ModelConfig("image-only", f"zeroshot:image@{weights}"),
-        ModelConfig("text-only", f"zeroshot:text@{weights}"),
+        ModelConfig("clip4cir-sum", f"clip4cir:sum@{combined}"),
+        ModelConfig("clip4cir-combiner", f"clip4cir:combiner@{combiner}"),
+        ModelConfig("image-only", f"zeroshot:image@{combined}"),
+        ModelConfig("text-only", f"zeroshot:text@{combined}"),
     )
 
 
@@ -44,7 +46,7 @@ def run_demo(out: Path, from_scratch: bool, say: Callable[[str], None]) -> Evalu
         from_scratch: train the sub-models first instead of using the weights that ship.
         say: receives a line a step.
     """
-    weights = str(train_demo_weights(out / "training", say)) if from_scratch else WEIGHTS
+    weights = str(train_demo_weights(out / "training", say)) if from_scratch else SHIPPED
     for split in ("val", "test"):
         say(f"icons {split}: features and similarity tiles")
         outcome = precompute(
@@ -62,16 +64,17 @@ def run_demo(out: Path, from_scratch: bool, say: Callable[[str], None]) -> Evalu
 
 
 def train_demo_weights(out: Path, say: Callable[[str], None]) -> Path:
-    """Train the demo's sub-models on the icons' train split; returns the weights file, fp16."""
-    folder = importlib.resources.files("dafm_ray.demo")
-    weights = ""
-    for stage in ("clip4cir_sum", "clip4cir_combiner"):
+    """Train the demo's sub-models on the icons' train split; returns the folder of their weights.
+
+    The weights are written as float16; a run of the same folder goes on where it stopped.
+    """
+    folder = out / "weights"
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:
         say(f"training {stage}")
-        overrides = [f"out={out / stage}"]
-        if weights:
-            overrides.append(f"model=clip4cir:combiner@{weights}")
-        config = load_config(FinetuneConfig, str(folder / f"{stage}.yaml"), overrides)
-        weights = str(finetune(config))
-    path = out / "clip4cir.safetensors"
-    save_weights(load_model(f"clip4cir:combiner@{weights}"), path, torch.float16)
-    return path
+        file = importlib.resources.files("dafm_ray.demo") / f"{stage}.yaml"
+        config = load_config(FinetuneConfig, str(file), [f"out={out / stage}"])
+        family, _, _ = config.model.partition("@")
+        trained = load_model(f"{family}@{finetune(config)}")
+        save_weights(trained, folder / f"{stage}.safetensors", torch.float16)
+    return folder

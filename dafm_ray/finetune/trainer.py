@@ -5,6 +5,7 @@ them. A run of the same output folder goes on from its last checkpoint.
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +16,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dafm_ray.config import FinetuneConfig, parse_config, to_yaml
+from dafm_ray.config import FinetuneConfig, load_config, parse_config, to_yaml
 from dafm_ray.datasets.registry import load_dataset
-from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.errors import ConfigError, DafmError, DataError, refusals
 from dafm_ray.finetune.losses import in_batch_contrastive
 from dafm_ray.finetune.triplets import Batch, Triplets, epoch_batches, load_batches, shifted
 from dafm_ray.finetune.validation import validation_recall
@@ -26,6 +27,8 @@ from dafm_ray.models.registry import family
 from dafm_ray.session import ensure_ray, one_thread
 
 SELECTION = "R@10"
+_MACHINE = frozenset({"workers", "use_gpu", "loader_workers", "out"})
+"""Keys that may change between two starts of one run."""
 State = dict[str, Any]
 Report = Callable[[dict[str, float], State], None]
 
@@ -193,13 +196,20 @@ def finetune(config: FinetuneConfig) -> Path:
     Raises:
         ConfigError, DataError: see `build` and `train`.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import (
+        CheckpointConfig,
+        FailureConfig,
+        RunConfig,
+        ScalingConfig,
+        TrainingFailedError,
+    )
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    # Relative paths of the configuration stay relative to where the job was started.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     start = build(config)
     out = Path(config.out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    _claim(out, config)
     ensure_ray()
     trainer = TorchTrainer(
         _worker,
@@ -213,7 +223,10 @@ def finetune(config: FinetuneConfig) -> Path:
         ),
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        raise _cause(error) from None
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / "state.pt", weights_only=True)
@@ -222,6 +235,35 @@ def finetune(config: FinetuneConfig) -> Path:
     save_weights(start, out / "weights.safetensors")
     (out / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     return out / "weights.safetensors"
+
+
+def _claim(out: Path, config: FinetuneConfig) -> None:
+    """Make a run folder; one of another configuration is refused, one of the same goes on."""
+    written = out / "config.yaml"
+    if written.is_file():
+        earlier = asdict(load_config(FinetuneConfig, written))
+        changed = [
+            key
+            for key, value in asdict(config).items()
+            if key not in _MACHINE and value != earlier[key]
+        ]
+        if changed:
+            raise ConfigError(
+                f"{out} holds a run of another configuration ({', '.join(changed)} differ); "
+                "choose another `out`, or delete that folder"
+            )
+    with refusals(out):
+        out.mkdir(parents=True, exist_ok=True)
+        written.write_text(to_yaml(config), encoding="utf-8")
+
+
+def _cause(error: Exception) -> Exception:
+    """A user's mistake found in a worker, or the failure itself."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, DafmError):
+            return cause
+    return error
 
 
 def save_weights(model: FrozenModel, path: Path, dtype: torch.dtype = torch.float32) -> None:

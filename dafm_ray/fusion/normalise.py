@@ -30,7 +30,8 @@ def minmax(scores: Scores) -> Scores:
 def dbsf(scores: Scores) -> Scores:
     """Distribution-based score fusion: three standard deviations around the mean to [0, 1]."""
     centred, deviation = _centre(scores)
-    return np.clip(_divide(centred, 6 * deviation) + 0.5, 0, 1)
+    clipped: Scores = np.clip(_divide(centred, 6 * deviation) + 0.5, 0, 1)
+    return clipped
 
 
 def rank(scores: Scores) -> Scores:

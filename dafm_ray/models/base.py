@@ -6,7 +6,7 @@ Shape letters: B batch, R distinct references, Q queries, N candidates, D featur
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor, nn
@@ -52,9 +52,11 @@ class FrozenModel(ABC):
     code as the frozen pools. Results for one item do not depend on its batch, to rounding.
 
     Attributes:
+        variants: what may stand after the family's name.
         module: the weights; moved, frozen and put in evaluation mode by the caller.
     """
 
+    variants: ClassVar[tuple[str, ...]]
     module: nn.Module
 
     @property
@@ -68,7 +70,6 @@ class FrozenModel(ABC):
         """Build the model and load its weights on the CPU.
 
         Raises:
-            ConfigError: no such variant.
             DataError: the weights do not fit.
         """
 

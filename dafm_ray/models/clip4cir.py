@@ -1,7 +1,7 @@
 """CLIP4CIR (Baldrati et al., CVPRW 2022 and CVPR 2022): sum of fine-tuned towers, or a Combiner."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,6 @@ class ClipPair(nn.Module):
 class ClipModel(FrozenModel):
     """What every model on a pair of CLIP towers shares."""
 
-    variants: ClassVar[tuple[str, ...]]
     module: ClipPair
 
     def __init__(
@@ -92,8 +91,6 @@ class ClipModel(FrozenModel):
     @classmethod
     def load(cls, model_id: ModelId) -> Self:
         """Load the authors' files, SPN4CIR's second stage, our own, or random weights."""
-        if model_id.variant not in cls.variants:
-            raise ConfigError(f"{model_id}: choose one of {', '.join(cls.variants)}")
         if model_id.weights.startswith("random"):
             sizes = TINY if model_id.weights == "random-tiny" else RN50X4
             return cls.random(sizes, model_id.variant)

@@ -106,7 +106,7 @@ def build_towers(sizes: TowerSizes) -> nn.Module:
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     vision = CLIPVisionCfg(
-        layers=sizes.vision_layers,  # type: ignore[arg-type]
+        layers=sizes.vision_layers,
         width=sizes.vision_width,
         patch_size=sizes.patch_size,
         image_size=sizes.image_size,
@@ -118,7 +118,8 @@ def build_towers(sizes: TowerSizes) -> nn.Module:
         heads=sizes.text_heads,
         layers=sizes.text_layers,
     )
-    return CLIP(sizes.embed_dim, vision_cfg=vision, text_cfg=text, quick_gelu=True)
+    towers: nn.Module = CLIP(sizes.embed_dim, vision_cfg=vision, text_cfg=text, quick_gelu=True)
+    return towers
 
 
 def load_towers(tensors: Mapping[str, Tensor], sizes: TowerSizes, where: str) -> nn.Module:

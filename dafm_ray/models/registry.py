@@ -41,9 +41,23 @@ def family(name: str) -> type[FrozenModel]:
     return loaded
 
 
+def resolve(model_id: str) -> tuple[type[FrozenModel], ModelId]:
+    """The class and the parts of `family:variant@weights`; reads no weights.
+
+    Raises:
+        ConfigError: a malformed id, no such family or variant.
+    """
+    parsed = ModelId.parse(model_id)
+    found = family(parsed.family)
+    if parsed.variant not in found.variants:
+        offered = ", ".join(found.variants)
+        raise ConfigError(f"{model_id}: {parsed.family} offers the variants {offered}")
+    return found, parsed
+
+
 def load_model(model_id: str) -> FrozenModel:
     """Load `family:variant@weights`, frozen, in evaluation mode, on the CPU."""
-    parsed = ModelId.parse(model_id)
-    model = family(parsed.family).load(parsed)
+    found, parsed = resolve(model_id)
+    model = found.load(parsed)
     model.module.requires_grad_(False).eval()
     return model

@@ -20,14 +20,14 @@ def make_torchvision_importable() -> None:
     if "torchvision" in sys.modules:
         return
     try:
-        import torchvision  # type: ignore[import-untyped]
+        import torchvision
     except RuntimeError:
         import torch
 
         for name in [name for name in sys.modules if name.startswith("torchvision")]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _keep_alive.append(library)
         import torchvision  # noqa: F401

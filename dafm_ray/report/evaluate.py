@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from dafm_ray.config import DatasetConfig, EvaluateConfig, to_yaml
 from dafm_ray.datasets.base import digest
 from dafm_ray.datasets.registry import load_dataset
-from dafm_ray.errors import DafmError, DataError
+from dafm_ray.errors import DafmError, DataError, refusals
 from dafm_ray.evaluation.metrics import UNRANKED
 from dafm_ray.evaluation.protocols import HEADLINE, protocol
 from dafm_ray.evaluation.significance import Bootstrap, compare
@@ -26,7 +26,6 @@ from dafm_ray.report import cases as case_studies
 from dafm_ray.report.page import render
 from dafm_ray.report.tables import Row, Table, to_csv, to_latex, to_markdown
 from dafm_ray.tiles.manifest import Manifest
-from dafm_ray.tiles.storage import refusals
 from dafm_ray.tiles.store import TileStore
 
 Z_MEAN = "mean@zscore"

@@ -8,7 +8,8 @@ own block. A block's shape does not depend on the number of actors, so neither d
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from dafm_ray.datasets.images import ImageError
 from dafm_ray.errors import ConfigError
 from dafm_ray.models.registry import load_model
 from dafm_ray.progress import Progress
-from dafm_ray.session import available_cpus, one_thread
+from dafm_ray.session import Row, available_cpus, explained, finished, one_thread
 from dafm_ray.tiles.store import ROLES, Failure, Role, TileStore, feature_key, spans
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def encode(
             num_cpus=cpus,
             num_gpus=pool.num_gpus or None,
         )
-    for row in stream.iter_rows():
+    for row in map(finished, stream.iter_rows()):
         shown.advance(row["blocks"], row["failures"])
 
 
@@ -141,9 +142,12 @@ def actor_cpus(cpus: float, pools: Sequence[ModelConfig]) -> float:
     return share - 0.01 if share == DECODE_CPUS else share
 
 
-def decode(row: dict[str, Any], source: ImageSource, store: TileStore) -> dict[str, Any]:
+def decode(row: Row, source: ImageSource, store: TileStore) -> Row:
     """Decode a unit's images and list those that cannot be used."""
-    unit: Unit = pickle.loads(row["unit"])
+    return explained(lambda: _decode(pickle.loads(row["unit"]), source, store), row)
+
+
+def _decode(unit: Unit, source: ImageSource, store: TileStore) -> Row:
     images = tuple(_open(source, locator) for locator in unit.locators)
     failures = [
         Failure(unit.role, id, reason)
@@ -163,25 +167,35 @@ def _open(source: ImageSource, locator: str) -> "Image.Image | str":
 
 
 class Encoder:
-    """An actor of one model's pool."""
+    """An actor of one model's pool. It loads its model at the first unit, so that weights which do
+    not fit are explained: an actor that dies while it starts takes its reason along.
+    """
 
     def __init__(self, store: TileStore, pool: ModelConfig, last: bool) -> None:
         one_thread()
         self.store = store
-        self.name = pool.name
+        self.pool = pool
         self.last = last
         self.device = "cuda" if pool.num_gpus else "cpu"
-        self.model: FrozenModel = load_model(pool.id)
-        self.model.module.to(self.device)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    @cached_property
+    def model(self) -> "FrozenModel":
+        """The pool's model on its device."""
+        model = load_model(self.pool.id)
+        model.module.to(self.device)
+        return model
+
+    def __call__(self, row: Row) -> Row:
         """Commit the block if this model has not; pass the unit on, or a count at the end."""
+        return explained(lambda: self._encode(row), row)
+
+    def _encode(self, row: Row) -> Row:
         unit: Unit = pickle.loads(row["unit"])
-        if self.name in unit.todo:
+        if self.pool.name in unit.todo:
             features = encode_unit(self.model, unit, self.device)
-            self.store.write(feature_key(self.name, unit.role, unit.block), features)
+            self.store.write(feature_key(self.pool.name, unit.role, unit.block), features)
         if not self.last:
-            return row
+            return {"unit": row["unit"]}
         failed = sum(isinstance(unit.images[index], str) for index in unit.image_index)
         return {"blocks": len(unit.todo), "failures": failed}
 

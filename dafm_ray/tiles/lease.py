@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 
 import pyarrow as pa
 
-from dafm_ray.errors import MachineError
-from dafm_ray.tiles.storage import LocalStorage, Storage, refusals
+from dafm_ray.errors import MachineError, refusals
+from dafm_ray.tiles.storage import LocalStorage, Storage
 
 LEASE = "lease.json"
 EXPIRY = 60.0

@@ -82,7 +82,7 @@ class Manifest:
             values = json.loads(raw)
             stored = values.pop("digest")
             found = values.get("format")
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise DataError(f"{where} is not a store manifest, or it is damaged") from None
         if found != FORMAT:
             raise DataError(f"{where} has format {found}; this version reads format {FORMAT}")

@@ -10,8 +10,8 @@ import pyarrow as pa
 from dafm_ray.config import PrecomputeConfig
 from dafm_ray.datasets.base import Dataset
 from dafm_ray.datasets.registry import load_dataset
-from dafm_ray.models.base import ModelId
 from dafm_ray.models.checkpoints import weights_digest
+from dafm_ray.models.registry import resolve
 from dafm_ray.progress import StatusWriter, progress
 from dafm_ray.session import ensure_ray, quiet_data
 from dafm_ray.tiles.encode import encode
@@ -53,7 +53,7 @@ def precompute(config: PrecomputeConfig, dataset: Dataset | None = None) -> Outc
     grid = Grid(config.encode_block, config.tile_queries, config.tile_candidates)
     names = [model.name for model in config.models]
     models = {
-        model.name: ModelEntry(model.id, weights_digest(ModelId.parse(model.id).weights))
+        model.name: ModelEntry(model.id, weights_digest(resolve(model.id)[1].weights))
         for model in config.models
     }
     storage = open_storage(config.store)

@@ -1,15 +1,15 @@
 """Similarity tiles on Ray Data: features in, one committed tile a row out."""
 
 import functools
+import uuid
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dafm_ray.models.base import ModelId
-from dafm_ray.models.registry import family
+from dafm_ray.models.registry import resolve
 from dafm_ray.progress import Progress
-from dafm_ray.session import one_thread
+from dafm_ray.session import Row, explained, finished, one_thread
 from dafm_ray.tiles.store import TileStore, score_key
 
 if TYPE_CHECKING:
@@ -45,20 +45,36 @@ def score_tiles(store: TileStore, models: Sequence[str], shown: Progress, gpus: 
         return
     stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         score_tile,
-        fn_kwargs={"store": store, "device": "cuda" if gpus else "cpu"},
+        fn_kwargs={
+            "uri": store.uri,
+            "run": uuid.uuid4().hex,
+            "device": "cuda" if gpus else "cpu",
+        },
         num_cpus=1,
         num_gpus=gpus or None,
     )
-    for _ in stream.iter_rows():
+    for _ in map(finished, stream.iter_rows()):
         shown.advance()
 
 
-def score_tile(row: dict[str, Any], store: TileStore, device: str = "cpu") -> dict[str, Any]:
-    """Score one query block against one candidate block and commit the tile."""
+def score_tile(row: Row, uri: str, run: str, device: str = "cpu") -> Row:
+    """Score one query block against one candidate block and commit the tile.
+
+    Args:
+        row: model, query block and candidate block.
+        uri: the store.
+        run: of `score_tiles`; what a worker keeps from tile to tile ends with it.
+        device: torch device.
+    """
+    return explained(lambda: _score_tile(row, uri, run, device), row)
+
+
+def _score_tile(row: Row, uri: str, run: str, device: str) -> Row:
     one_thread()
+    store = _store(uri, run)
     model, q, n = row["model"], row["query_block"], row["candidate_block"]
     queries = store.features(model, "queries", store.tile_rows[q])
-    candidates = _candidates(store.uri, model, n, device)
+    candidates = _candidates(uri, run, model, n, device)
     scored = score_block(store.manifest.models[model].id, queries, candidates, device)
     columns = store.tile_columns[n]
     tile = scored[: len(store.tile_rows[q]), : len(columns)]
@@ -70,7 +86,7 @@ def score_block(model_id: str, queries: "Array", candidates: "Tensor", device: s
     """(Q, ...) and padded (N', ...) features -> padded (Q', N') float32 scores."""
     import torch
 
-    score = family(ModelId.parse(model_id).family).score
+    score = resolve(model_id)[0].score
     with torch.inference_mode():
         scores: Array = score(padded(queries).to(device), candidates).float().cpu().numpy()
     return scores
@@ -86,7 +102,13 @@ def padded(features: "Array") -> "Tensor":
 
 
 @functools.lru_cache(maxsize=1)
-def _candidates(uri: str, model: str, block: int, device: str) -> "Tensor":
+def _store(uri: str, run: str) -> TileStore:
+    """The store with all its features finished: listed once a worker."""
+    return TileStore(uri)
+
+
+@functools.lru_cache(maxsize=1)
+def _candidates(uri: str, run: str, model: str, block: int, device: str) -> "Tensor":
     """The candidates of the tiles a worker scores in a row: read once."""
-    store = TileStore(uri)
+    store = _store(uri, run)
     return padded(store.features(model, "gallery", store.tile_columns[block])).to(device)

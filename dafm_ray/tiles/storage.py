@@ -4,25 +4,15 @@ Both write a file whole or not at all. A local file is written under a temporary
 renamed; an object store shows an object only when its upload is complete.
 """
 
-import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
 from pyarrow import fs
 
-from dafm_ray.errors import ConfigError, DataError, MachineError
-
-_REFUSALS = {
-    errno.ENOSPC: "the disk is full; free some space and start again, finished work is kept",
-    errno.EDQUOT: "the disk quota is used up; free some space and start again",
-    errno.EACCES: "permission denied; check who owns the folder",
-    errno.EPERM: "permission denied; check who owns the folder",
-    errno.EROFS: "the file system is read-only; choose another place",
-}
+from dafm_ray.errors import ConfigError, DataError, refusals
 
 
 class Storage(Protocol):
@@ -56,18 +46,6 @@ def open_storage(uri: str) -> Storage:
     if "://" not in uri or uri.startswith("file://"):
         return LocalStorage(uri.removeprefix("file://"))
     return RemoteStorage(uri)
-
-
-@contextmanager
-def refusals(where: object) -> Iterator[None]:
-    """Turn what the machine refuses into a `MachineError` that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        reason = _REFUSALS.get(error.errno or 0)
-        if reason is None:
-            raise
-        raise MachineError(f"cannot write {where}: {reason}") from error
 
 
 class LocalStorage:

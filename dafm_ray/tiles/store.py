@@ -146,13 +146,14 @@ class TileStore:
     def _add_models(self, models: dict[str, ModelEntry]) -> None:
         stored = self.manifest.models
         for name in models.keys() & stored.keys():
-            if stored[name].weights_digest != models[name].weights_digest:
+            started = any(f"/{name}/" in key for key in self._records)
+            if started and stored[name].weights_digest != models[name].weights_digest:
                 raise DataError(
                     f"{self.uri} holds model {name!r} with other weights ({stored[name].id}); "
                     "give the new one another name"
                 )
-        if models.keys() - stored.keys():
-            self.manifest = replace(self.manifest, models={**models, **stored})
+        if any(stored.get(name) != entry for name, entry in models.items()):
+            self.manifest = replace(self.manifest, models={**stored, **models})
             self.storage.write("manifest.json", self.manifest.to_bytes())
 
     # What is searched
@@ -240,6 +241,8 @@ class TileStore:
         Raises:
             DataError: not finished, missing, or damaged.
         """
+        if key not in self._records:
+            self.finished()
         digest = self._records.get(key)
         if digest is None:
             raise DataError(

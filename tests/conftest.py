@@ -1,0 +1,52 @@
+"""Fixtures every test may use: Ray, reference material, small data."""
+
+import os
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a loopback-only Ray of the tests' own
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("no timing", deadline=None)
+settings.load_profile("no timing")
+torch.set_num_threads(1)  # spinning threads on a busy machine cost up to 10 x
+
+REFERENCE = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def reference_material() -> Path:
+    """Golden numbers and real score matrices, which are not part of the product."""
+    if not REFERENCE.is_dir():
+        message = f"the reference material is not at {REFERENCE}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def golden(reference_material: Path) -> Path:
+    return reference_material / "golden"
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray for all tests of a session: four logical CPUs, whatever the machine has."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=200_000_000,
+        log_to_driver=False,
+        logging_level="error",
+    )
+    yield
+    ray.shutdown()

@@ -1,0 +1,60 @@
+import json
+
+import pytest
+
+from dafm_ray.datasets.folder import load_folder
+from dafm_ray.errors import DataError
+from tests.samples import image_folder, picture
+
+
+def write(root, *lines):
+    root.mkdir(exist_ok=True)
+    picture(0).save(root / "a.png")
+    picture(1).save(root / "b.png")
+    (root / "queries.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return str(root)
+
+
+def test_a_folder_is_images_and_queries(tmp_path):
+    dataset = load_folder(str(image_folder(tmp_path / "own", images=20, queries=9)))
+    assert len(dataset.gallery) == 20
+    assert len(dataset.queries) == 9
+    assert all(query.excluded == (query.reference,) for query in dataset.queries)
+    assert dataset.source.open("003.png").size == (40, 32)
+
+
+def test_gallery_txt_names_the_gallery(tmp_path):
+    root = image_folder(tmp_path / "own")
+    (root / "gallery.txt").write_text("".join(f"{n:03d}.png\n" for n in range(16)))
+    assert len(load_folder(str(root)).gallery) == 16
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "queries.jsonl:1 is not JSON"),
+        ("[]", "must be a JSON object"),
+        (json.dumps({"reference": "a.png"}), "'text' is missing"),
+        (json.dumps({"reference": 3, "text": "x"}), "'reference' must be"),
+        (json.dumps({"refrence": "a.png", "text": "x"}), "unknown key 'refrence'"),
+        (json.dumps({"reference": "a.png", "text": "x", "targets": [1]}), "list of strings"),
+        (json.dumps({"reference": "c.png", "text": "x"}), "not in the gallery"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, line, message):
+    with pytest.raises(DataError, match=message):
+        load_folder(write(tmp_path / "own", line))
+
+
+def test_a_missing_folder_and_missing_queries(tmp_path):
+    with pytest.raises(DataError, match="no folder"):
+        load_folder(str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=r"holds no queries\.jsonl"):
+        load_folder(str(tmp_path))
+
+
+def test_an_image_listed_twice_is_refused(tmp_path):
+    root = image_folder(tmp_path / "own")
+    (root / "gallery.txt").write_text("000.png\n001.png\n000.png\n")
+    with pytest.raises(DataError, match=r"'000\.png' stands twice"):
+        load_folder(str(root))

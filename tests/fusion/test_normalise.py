@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from dafm_ray.fusion.normalise import NORMALISATIONS, dbsf, minmax, rank, ranks_of, zscore
+
+rows = arrays(
+    np.float32, st.tuples(st.just(2), st.integers(1, 12)), elements=st.floats(-8, 8, width=16)
+)
+
+
+def test_by_hand():
+    scores = np.array([1, 2, 3, np.nan], dtype=np.float32)
+    deviation = np.sqrt(2 / 3)
+    assert zscore(scores)[:3] == pytest.approx([-1 / deviation, 0, 1 / deviation])
+    assert minmax(scores)[:3] == pytest.approx([0, 0.5, 1])
+    edge = 1 / (6 * deviation)
+    assert dbsf(scores)[:3] == pytest.approx([0.5 - edge, 0.5, 0.5 + edge])
+    assert rank(scores)[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+def test_a_lone_hit_does_not_vanish():
+    scores = np.array([np.nan, 0.3, np.nan], dtype=np.float32)
+    assert minmax(scores)[1] == 1
+    assert zscore(scores)[1] == 0
+
+
+@pytest.mark.parametrize("name", NORMALISATIONS)
+@given(scores=rows)
+def test_order_is_kept_and_missing_stays_missing(name, scores):
+    scores[:, 0] = np.nan
+    normalised = NORMALISATIONS[name](scores)
+    assert normalised.shape == scores.shape
+    assert normalised.dtype == scores.dtype
+    assert np.isnan(normalised[:, 0]).all()
+    assert np.isfinite(normalised[:, 1:]).all()
+    for before, after in zip(scores[:, 1:], normalised[:, 1:], strict=True):
+        order = np.argsort(-before, kind="stable")
+        assert (np.diff(after[order]) <= 1e-6).all()
+
+
+@given(rows)
+def test_ranks_break_ties_by_stored_order(scores):
+    for row, ranks in zip(scores, ranks_of(scores), strict=True):
+        expected = sorted(range(len(row)), key=lambda n: (-row[n], n))
+        assert [int(ranks[n]) for n in expected] == list(range(1, len(row) + 1))

@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dafm_ray.config import STATIC_FUSIONS
+from dafm_ray.errors import ConfigError
+from dafm_ray.fusion.static import Convex, Single, static_fusion
+
+NAN = np.nan
+SCORES = np.array(
+    [[[0.9, 0.5, 0.1, NAN]], [[10, 30, 20, NAN]]],
+    dtype=np.float32,
+)
+
+
+def fused(name):
+    return static_fusion(name)(SCORES)[0]
+
+
+def test_by_hand():
+    assert fused("combsum")[:3] == pytest.approx([1 + 0, 0.5 + 1, 0 + 0.5])
+    assert fused("combmnz")[:3] == pytest.approx([2 * 1, 2 * 1.5, 2 * 0.5])
+    assert fused("rrf")[:3] == pytest.approx([1 / 61 + 1 / 63, 1 / 62 + 1 / 61, 1 / 63 + 1 / 62])
+    assert fused("borda")[:3] == pytest.approx([1 + 1 / 3, 2 / 3 + 1, 1 / 3 + 2 / 3])
+    z = 1 / np.sqrt(2 / 3)
+    assert fused("mean")[:3] == pytest.approx([0, z / 2, -z / 2], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", STATIC_FUSIONS)
+def test_a_masked_candidate_stays_masked(name):
+    assert np.isnan(fused(name)[3])
+    assert np.isfinite(fused(name)[:3]).all()
+
+
+@pytest.mark.parametrize("name", STATIC_FUSIONS)
+@settings(max_examples=20)
+@given(seed=st.integers(0, 1000))
+def test_permutation_of_models_and_candidates(name, seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.standard_normal((3, 2, 9)).astype(np.float32)
+    models, candidates = rng.permutation(3), rng.permutation(9)
+    system = static_fusion(name)
+    straight = system(scores)[:, candidates]
+    assert system(scores[models][:, :, candidates]) == pytest.approx(straight, abs=1e-5)
+
+
+def test_a_model_without_a_score_adds_nothing():
+    scores = np.array([[[0.9, 0.1]], [[NAN, 0.7]]], dtype=np.float32)
+    assert static_fusion("rrf")(scores)[0] == pytest.approx([1 / 61, 1 / 62 + 1 / 61])
+
+
+def test_combmnz_counts_the_models_that_retrieve():
+    scores = np.stack([np.arange(300, 0, -1), np.arange(1, 301)]).astype(np.float32)[:, None, :]
+    system = static_fusion("combmnz")(scores)[0]
+    assert system[0] == pytest.approx(1 * 1)
+    middle = static_fusion("combsum")(scores)[0][150]
+    assert system[150] == pytest.approx(middle)
+
+
+def test_convex_weighs_z_scores():
+    convex = Convex({"a": 1.0, "b": 0.0}, "val")
+    assert convex(SCORES)[0].argsort().tolist()[:3] == [2, 1, 0]
+    assert np.isnan(convex(SCORES)[0, 3])
+
+
+def test_a_single_model_ranks_by_its_own_scores():
+    assert Single("b", 1)(SCORES) is not None
+    assert Single("b", 1)(SCORES)[0].tolist()[:3] == [10, 30, 20]
+
+
+@pytest.mark.parametrize(("name", "near"), [("combsmu", "combsum"), ("mean@zcore", "zscore")])
+def test_unknown_names_get_the_nearest(name, near):
+    with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
+        static_fusion(name)

@@ -1,0 +1,169 @@
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from dafm_ray.config import EvaluateConfig
+from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.report.evaluate import evaluate
+from dafm_ray.tiles.manifest import Grid
+from tests.samples import labelled_dataset, score_store
+
+FILES = {
+    "metrics.json",
+    "table.md",
+    "table.csv",
+    "table.tex",
+    "report.html",
+    "ranks.parquet",
+    "config.yaml",
+}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return score_store(tmp_path / "test", labelled_dataset(40, 30, split="test"), signal=1.5)
+
+
+@pytest.fixture
+def config(store, tmp_path):
+    other = labelled_dataset(40, 30, seed=9, split="val")
+    tune_on = score_store(tmp_path / "val", other, seed=9, signal=1.5)
+    return EvaluateConfig(store=store.uri, out=str(tmp_path / "out"), tune_on=tune_on.uri)
+
+
+def metrics(config):
+    evaluate(config)
+    return json.loads(Path(config.out, "metrics.json").read_text(encoding="utf-8"))
+
+
+def test_everything_is_written(config, tmp_path):
+    evaluate(config)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+
+
+def test_metrics_agree_with_themselves_and_with_the_ranks(config, tmp_path):
+    found = metrics(config)
+    ranks = pq.read_table(tmp_path / "out" / "ranks.parquet").to_pylist()
+    assert {system["kind"] for system in found["systems"]} == {"single", "static"}
+    assert len(ranks) == 30 * len(found["systems"])
+    for system in found["systems"]:
+        mine = [row["rank"] for row in ranks if row["system"] == system["name"]]
+        assert system["hits"]["R@5"] == sum(rank <= 5 for rank in mine)
+        assert system["metrics"]["R@5"] == pytest.approx(100 * system["hits"]["R@5"] / 30, abs=1e-3)
+        mean = (system["metrics"]["R@5"] + system["metrics"]["Rsubset@1"]) / 2
+        assert system["metrics"]["Rmean"] == pytest.approx(mean, abs=1e-3)
+        low, high = system["ci95"]["R@5"]
+        assert low <= system["metrics"]["R@5"] <= high
+        for luck in ("hits_best", "hits_worst", "hits_expected"):
+            assert system[luck].keys() == system["hits"].keys()
+        for versus in system["vs"].values():
+            assert versus["win"] + versus["tie"] + versus["loss"] == 30
+
+
+def test_every_system_is_compared_with_best_single_z_mean_and_convex(config):
+    systems = {system["name"]: system for system in metrics(config)["systems"]}
+    singles = [s for s in systems.values() if s["kind"] == "single"]
+    best = max(singles, key=lambda s: s["metrics"]["R@10"])["name"]
+    assert set(systems["rrf"]["vs"]) == {best, "mean@zscore", "convex@zscore"}
+    assert best not in systems[best]["vs"]
+
+
+def test_hits_do_not_depend_on_the_tiles(config, tmp_path):
+    dataset = labelled_dataset(40, 30, split="test")
+    other = score_store(tmp_path / "b", dataset, grid=Grid(4, 30, 40), signal=1.5)
+    one = metrics(config)
+    two = metrics(replace(config, store=other.uri, out=str(tmp_path / "out2")))
+    assert one["systems"] == two["systems"]
+
+
+def test_the_table_is_the_same_in_every_form(config, tmp_path):
+    table = evaluate(config).table
+    markdown, text, latex = (
+        (tmp_path / "out" / name).read_text() for name in ("table.md", "table.csv", "table.tex")
+    )
+    for row in table.rows:
+        shown = f"{row.metrics['R@10']:.2f}"
+        assert shown in next(line for line in markdown.splitlines() if f"| {row.name} " in line)
+        assert shown in next(line for line in text.splitlines() if line.startswith(row.name))
+    assert latex.count(r"\\") == len(table.rows) + 1
+    assert "protocol cirr, reference masked, 30 queries, gallery of 40 images" in markdown
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes.append((tag, dict(attrs)))
+
+
+def test_the_page_is_self_contained_and_escaped(tmp_path):
+    dataset = labelled_dataset(12, 6, split="test")
+    hostile = "<script>alert(1)</script>"
+    queries = tuple(replace(query, captions=(hostile,)) for query in dataset.queries)
+    store = score_store(tmp_path / "s", replace(dataset, queries=queries))
+    report = evaluate(EvaluateConfig(store=store.uri, out=str(tmp_path / "out"))).report
+    text = report.read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in page.tags
+    assert "&lt;script&gt;" in text
+    links = [a[key] for _, a in page.attributes for key in ("src", "href") if key in a]
+    assert all(link.startswith("data:") for link in links)
+    assert page.tags.count("h1") == 1
+
+
+def test_pictures_are_shown_where_the_data_set_is_at_hand(tmp_path):
+    from tests.samples import icon_store
+
+    store = icon_store(tmp_path / "s")
+    report = evaluate(EvaluateConfig(store=store.uri, out=str(tmp_path / "out"), cases=3)).report
+    page = Page(report.read_text(encoding="utf-8"))
+    images = [attributes for tag, attributes in page.attributes if tag == "img"]
+    assert len(images) == 3 * (2 + 5 * (2 + 6))
+    assert all(image["alt"] and image["src"].startswith("data:image/") for image in images)
+    assert sum("(target)" in image["alt"] for image in images) >= 3
+
+
+@pytest.mark.parametrize("name", ["men@zscore", "convex"])
+def test_unknown_fusions(config, name):
+    with pytest.raises(ConfigError, match="there is no fusion"):
+        evaluate(replace(config, fusions=(name,)))
+
+
+def test_an_incomplete_store_is_refused(config, store):
+    [record, *_] = store.storage.list("records/scores")
+    store.storage.delete(record)
+    with pytest.raises(DataError, match="lacks 1 tiles"):
+        evaluate(config)
+
+
+def test_weights_are_not_searched_on_the_queries_they_are_reported_on(config):
+    with pytest.raises(DataError, match="would be a leak"):
+        evaluate(replace(config, tune_on=config.store))
+
+
+def test_weights_are_not_searched_on_other_models(config, tmp_path):
+    dataset = labelled_dataset(9, 4, split="val")
+    other = score_store(tmp_path / "c", dataset, models=("a", "c"))
+    with pytest.raises(DataError, match="only be searched on the same models"):
+        evaluate(replace(config, tune_on=other.uri))
+
+
+def test_queries_without_targets_cannot_be_counted(tmp_path):
+    dataset = labelled_dataset(9, 4)
+    store = score_store(tmp_path / "s", dataset)
+    bare = replace(dataset, queries=tuple(replace(q, targets=()) for q in dataset.queries))
+    entries = store.manifest.models
+    empty = type(store).create(str(tmp_path / "e"), bare, {}, entries, Grid(4, 5, 7), "float32")
+    for name in store.models:
+        for key in store.score_keys(name):
+            empty.write(key, store.read(key))
+    with pytest.raises(DataError, match="no query has a target"):
+        evaluate(EvaluateConfig(store=empty.uri, out=str(tmp_path / "out")))

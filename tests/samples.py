@@ -1,0 +1,109 @@
+"""Small data for tests: pictures, folders, stores."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dafm_ray.datasets.base import Dataset, Gallery, Query
+from dafm_ray.tiles.manifest import Grid, ModelEntry
+from dafm_ray.tiles.store import TileStore, score_key
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def image_folder(root: Path, images: int = 20, queries: int = 9) -> Path:
+    """`queries` queries over `images` PNG files; two queries share a reference."""
+    root.mkdir(parents=True, exist_ok=True)
+    for n in range(images):
+        picture(n).save(root / f"{n:03d}.png")
+    lines = [
+        {
+            "id": f"q{n}",
+            "reference": f"{n // 2:03d}.png",
+            "text": f"change {n}",
+            "targets": [f"{(n + 7) % images:03d}.png"],
+        }
+        for n in range(queries)
+    ]
+    text = "\n".join(json.dumps(line) for line in lines)
+    (root / "queries.jsonl").write_text(text, encoding="utf-8")
+    return root
+
+
+class NoImages:
+    def open(self, locator: str) -> Image.Image:
+        raise AssertionError(f"nothing should open {locator}")
+
+
+def labelled_dataset(
+    candidates: int, queries: int, seed: int = 0, split: str = "val", policy: str = "mask"
+) -> Dataset:
+    rng = np.random.default_rng(seed)
+    ids = [f"{split}-image-{n}" for n in range(candidates)]
+    rows = []
+    for q in range(queries):
+        reference, target, *others = rng.permutation(candidates)[:6].tolist()
+        group = tuple(ids[n] for n in (reference, target, *others))
+        rows.append(
+            Query(
+                id=f"{split}-q{q}",
+                reference=ids[reference],
+                captions=(f"text {q}",),
+                targets=(ids[target],),
+                excluded=(ids[reference],) if policy == "mask" else (),
+                group=group,
+                fold_group=ids[reference],
+            )
+        )
+    return Dataset(
+        name="labelled",
+        split=split,
+        protocol="cirr",
+        policy=policy,  # type: ignore[arg-type]
+        gallery=Gallery.from_source({id: id for id in ids}),
+        queries=tuple(rows),
+        source=NoImages(),
+    )
+
+
+def score_store(
+    root: Path | str,
+    dataset: Dataset,
+    models: Sequence[str] = ("a", "b"),
+    grid: Grid = Grid(4, 5, 7),  # noqa: B008
+    seed: int = 0,
+    signal: float = 1.0,
+) -> TileStore:
+    """A complete store whose scores are noise plus `signal` on the target."""
+    entries = {name: ModelEntry(f"test:{name}@random", name) for name in models}
+    spec = {"name": dataset.name, "split": dataset.split, "root": ""}
+    store = TileStore.create(str(root), dataset, spec, entries, grid, "float32")
+    for m, name in enumerate(models):
+        scores_QN = score_matrix(dataset, seed + m, signal)
+        for q, rows in enumerate(store.tile_rows):
+            for n, columns in enumerate(store.tile_columns):
+                tile = scores_QN[rows.start : rows.stop, columns.start : columns.stop]
+                store.write(score_key(name, q, n), tile)
+    return store
+
+
+def score_matrix(dataset: Dataset, seed: int, signal: float = 1.0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    shape = (len(dataset.queries), len(dataset.gallery))
+    scores_QN = rng.standard_normal(shape).astype(np.float32)
+    for q, query in enumerate(dataset.queries):
+        scores_QN[q, dataset.gallery.position(query.targets[0])] += signal
+    return scores_QN
+
+
+def icon_store(root: Path) -> TileStore:
+    """Random scores over the real icons of the val split."""
+    from dafm_ray.datasets.icons import load_icons
+
+    return score_store(root, load_icons("val"), grid=Grid(64, 512, 2048), signal=3.0)

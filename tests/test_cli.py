@@ -1,0 +1,125 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dafm_ray.cli import main
+from tests.samples import image_folder, labelled_dataset, score_store
+
+HEAVY = ("torch", "ray", "numpy", "pyarrow", "pandas", "pydantic")
+
+
+def test_help_answers_without_heavy_imports():
+    code = (
+        "import sys\n"
+        "from dafm_ray.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit: pass\n"
+        f"print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "precompute" in done.stdout
+    assert done.stdout.rstrip().endswith("[]")
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "dafm_ray", "models", "list"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "clip4cir" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["evaluate"], ["precompute"]])
+def test_wrong_usage_ends_with_2(arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_info_verify_and_evaluate_a_store(tmp_path, capsys):
+    store = score_store(tmp_path / "s", labelled_dataset(23, 17))
+    assert main(["tiles", "info", store.uri]) == 0
+    assert "a: 16 of 16 tiles" in capsys.readouterr().out
+    assert main(["tiles", "verify", store.uri]) == 0
+    assert "every checksum holds" in capsys.readouterr().out
+    out = str(tmp_path / "out")
+    assert main(["evaluate", store.uri, "--out", out, "--fusion", "mean", "rrf"]) == 0
+    printed = capsys.readouterr().out
+    assert "| rrf " in printed
+    assert "report.html" in printed
+
+
+def test_a_damaged_store_ends_with_3(tmp_path, capsys):
+    store = score_store(tmp_path / "s", labelled_dataset(23, 17))
+    tile = next((tmp_path / "s" / "scores").rglob("*.arrow"))
+    data = bytearray(tile.read_bytes())
+    data[-300] ^= 1
+    tile.write_bytes(data)
+    assert main(["tiles", "verify", store.uri]) == 3
+    captured = capsys.readouterr()
+    assert ": damaged" in captured.out
+    assert "error: 1 of" in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "message"),
+    [
+        ("dataset.name=icosn", 2, "did you mean 'icons'"),
+        ("dataset.split=dev", 2, "icons have no split 'dev'"),
+        ("models.0.id=clip5cir:sum@random", 2, "no model family 'clip5cir'"),
+        ("models.0.id=clip4cir:sum@nowhere.pt", 3, "no weights file nowhere.pt"),
+        ("encode_blok=2", 2, "did you mean 'encode_block'"),
+    ],
+)
+def test_users_mistakes_end_in_one_message(tmp_path, capsys, setting, code, message):
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        "dataset: {name: icons, split: val}\n"
+        "models: [{name: a, id: 'clip4cir:sum@random-tiny'}]\n"
+        f"store: {tmp_path / 'store'}\n"
+    )
+    assert main(["precompute", "--config", str(config), "--set", setting]) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.usefixtures("local_ray")
+def test_weights_that_do_not_fit_end_in_one_message_and_can_be_replaced(tmp_path, capsys):
+    torch.save({"CLIP": {"visual.conv1.weight": torch.zeros(1)}}, tmp_path / "bad.pt")
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        f"dataset: {{name: folder, root: {image_folder(tmp_path / 'images', 8, 4)}}}\n"
+        f"models: [{{name: a, id: 'clip4cir:sum@{tmp_path / 'bad.pt'}'}}]\n"
+        f"store: {tmp_path / 'store'}\n"
+    )
+    assert main(["precompute", "--config", str(config)]) == 3
+    error = capsys.readouterr().err
+    assert "not CLIP weights" in error
+    assert "Traceback" not in error
+    good = "models.0.id=clip4cir:sum@random-tiny"
+    assert main(["precompute", "--config", str(config), "--set", good]) == 0
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.usefixtures("local_ray")
+def test_unusable_images_end_with_4(tmp_path, capsys):
+    root = image_folder(tmp_path / "images", images=8, queries=4)
+    (root / "007.png").write_bytes(b"")
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        f"dataset: {{name: folder, root: {root}}}\n"
+        "models: [{name: a, id: 'clip4cir:sum@random-tiny'}]\n"
+        f"store: {tmp_path / 'store'}\n"
+    )
+    assert main(["precompute", "--config", str(config)]) == 4
+    assert "quarantine.csv" in capsys.readouterr().err
+    assert '"stage": "similarity"' in (tmp_path / "store" / "status.json").read_text()
+    assert main(["evaluate", str(tmp_path / "store"), "--out", str(tmp_path / "out")]) == 4
+    assert "007.png" in (tmp_path / "out" / "report.html").read_text()

@@ -1,0 +1,79 @@
+import pytest
+import yaml
+
+from dafm_ray.config import EvaluateConfig, PrecomputeConfig, load_config, to_yaml
+from dafm_ray.errors import ConfigError
+
+VALUES = {
+    "dataset": {"name": "icons", "split": "val"},
+    "models": [{"name": "a", "id": "clip4cir:sum@random"}],
+    "store": "runs/x",
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(VALUES))
+    return path
+
+
+def test_defaults_and_overrides(file):
+    config = load_config(
+        PrecomputeConfig, file, ["dataset.split=test", "models.0.actors=2", "encode_block=32"]
+    )
+    assert config.dataset.split == "test"
+    assert config.models[0].actors == 2
+    assert (config.encode_block, config.tile_queries) == (32, 512)
+
+
+def test_the_resolved_configuration_reads_back(file, tmp_path):
+    config = load_config(PrecomputeConfig, file)
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load_config(PrecomputeConfig, tmp_path / "resolved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("encode_blok=3", "unknown key 'encode_blok'; did you mean 'encode_block'"),
+        ("dataset.splitt=val", "unknown key 'dataset.splitt'; did you mean 'split'"),
+        ("models.0.actor=3", "unknown key 'models.0.actor'; did you mean 'actors'"),
+        ("encode_block=many", "'encode_block': the value should be a valid integer, found 'many'"),
+        ("encode_block=2.5", "'encode_block'"),
+        ("encode_block=0", "encode_block must be at least 1"),
+        ("score_type=float64", "'float32' or 'float16'"),
+        ("models=[]", "name at least one model"),
+        ("models.0.actors=0", "needs actors >= 1"),
+        ("store", "write key=value"),
+        ("store.x=1", "inside a value"),
+    ],
+)
+def test_wrong_values_are_named(file, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(PrecomputeConfig, file, [override])
+
+
+def test_a_missing_key_is_named(file):
+    file.write_text("store: x\nmodels: []\n")
+    with pytest.raises(ConfigError, match="the key 'dataset' is missing"):
+        load_config(PrecomputeConfig, file)
+
+
+def test_a_model_name_twice(file):
+    twice = [VALUES["models"][0]] * 2
+    file.write_text(yaml.safe_dump({**VALUES, "models": twice}))
+    with pytest.raises(ConfigError, match="'a' stands twice"):
+        load_config(PrecomputeConfig, file)
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a: [", "\x00"])
+def test_files_that_are_no_configuration(file, text):
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"job\.yaml"):
+        load_config(EvaluateConfig, file)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        load_config(EvaluateConfig, tmp_path / "no.yaml")

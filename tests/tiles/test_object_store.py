@@ -1,0 +1,63 @@
+"""A store on a real S3-protocol server."""
+
+import boto3
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+
+from dafm_ray.errors import DataError
+from dafm_ray.tiles.lease import writing
+from dafm_ray.tiles.manifest import Grid, ModelEntry
+from dafm_ray.tiles.storage import open_storage
+from dafm_ray.tiles.store import TileStore, score_key
+from tests.samples import labelled_dataset, score_store
+
+
+@pytest.fixture
+def bucket(monkeypatch, request):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="stores")
+    yield f"s3://stores/{request.node.name}?endpoint_override={host}:{port}&scheme=http"
+    server.stop()
+
+
+def test_a_store_on_s3_is_the_store_on_disk(bucket, tmp_path):
+    dataset = labelled_dataset(23, 17)
+    local, remote = score_store(tmp_path, dataset), score_store(bucket, dataset)
+    assert remote.manifest == local.manifest
+    assert remote.finished() == local.finished()
+    assert np.array_equal(remote.scores("b", 2), local.scores("b", 2))
+    assert all(problem == "" for _, problem in TileStore(bucket).verify())
+
+
+def test_damage_on_s3_is_found(bucket):
+    dataset = labelled_dataset(9, 5)
+    store = score_store(bucket, dataset, models=("a",))
+    key = score_key("a", 0, 0)
+    [path] = [path for path in store.storage.list("scores") if path.startswith(key)]
+    data = bytearray(store.storage.read(path))
+    data[100] ^= 1
+    store.storage.write(path, memoryview(bytes(data)))
+    with pytest.raises(DataError, match="damaged"):
+        TileStore(bucket).read(key)
+
+
+def test_the_lease_on_s3(bucket):
+    with writing(open_storage(bucket)):
+        assert "lease.json" in open_storage(bucket).list("")
+    assert "lease.json" not in open_storage(bucket).list("")
+
+
+def test_an_empty_bucket_is_no_store(bucket):
+    with pytest.raises(DataError, match="not a tile store"):
+        TileStore(bucket)
+    created = TileStore.create(
+        bucket, labelled_dataset(3, 1), {}, {"a": ModelEntry("x", "y")}, Grid(1, 1, 1), "float16"
+    )
+    assert created.missing() != []

@@ -1,0 +1,71 @@
+import errno
+import os
+import stat
+
+import pyarrow as pa
+import pytest
+
+from dafm_ray.errors import ConfigError, MachineError, refusals
+from dafm_ray.tiles.storage import LocalStorage, open_storage
+
+
+def test_what_is_written_is_read_and_listed(tmp_path):
+    storage = open_storage(str(tmp_path))
+    storage.write("a/b.bin", pa.py_buffer(b"1"))
+    storage.write("a/b.bin", pa.py_buffer(b"22"))
+    storage.write("a/c/d.bin", pa.py_buffer(b""))
+    assert bytes(memoryview(storage.read("a/b.bin"))) == b"22"
+    assert storage.read("a/c/d.bin").size == 0
+    assert storage.list("a") == ["a/b.bin", "a/c/d.bin"]
+    assert storage.list("nowhere") == []
+    storage.delete("a/b.bin")
+    storage.delete("a/b.bin")
+    assert storage.list("") == ["a/c/d.bin"]
+
+
+def test_a_read_maps_the_file(tmp_path):
+    storage = LocalStorage(str(tmp_path))
+    storage.write("x", pa.py_buffer(b"0" * 10_000_000))
+    before = pa.total_allocated_bytes()
+    data = storage.read("x")
+    assert pa.total_allocated_bytes() == before
+    assert data.size == 10_000_000
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    storage = LocalStorage(str(tmp_path))
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MachineError, match="disk is full"):
+        storage.write("a", pa.py_buffer(b"1"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_file_of_a_dead_process_is_not_listed(tmp_path):
+    storage = LocalStorage(str(tmp_path))
+    (tmp_path / ".a.123.tmp").write_bytes(b"half")
+    assert storage.list("") == []
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(errno.EACCES, "permission denied"), (errno.EROFS, "read-only"), (errno.EDQUOT, "quota")],
+)
+def test_refusals_say_what_to_do(number, message):
+    with pytest.raises(MachineError, match=message), refusals("/store"):
+        raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder(tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(MachineError, match="permission denied"):
+        LocalStorage(str(tmp_path)).write("a", pa.py_buffer(b"1"))
+
+
+def test_an_unknown_scheme_is_refused():
+    with pytest.raises(ConfigError, match="cannot open the storage URI"):
+        open_storage("ftp2://somewhere/store")
