@@ -16,6 +16,7 @@ import yaml
 from dafm_ray.errors import ConfigError
 
 _FORBID: dict[str, str] = {"extra": "forbid"}
+_UNKNOWN_KEY = "unexpected_keyword_argument"
 Config = TypeVar("Config")
 
 
@@ -219,7 +220,8 @@ def parse_config(kind: type[Config], values: Mapping[str, Any], where: str) -> C
     try:
         return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key is also a missing one; what the user wrote says more.
+        first = min(error.errors(), key=lambda found: found["type"] != _UNKNOWN_KEY)
         raise ConfigError(f"{where}: {_explain(kind, first['loc'], first)}") from None
 
 
@@ -252,7 +254,7 @@ def _set(values: dict[str, Any], override: str) -> None:
 
 def _explain(kind: type, location: tuple[int | str, ...], error: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in location)
-    if error["type"] == "unexpected_keyword_argument":
+    if error["type"] == _UNKNOWN_KEY:
         known = [f.name for f in fields(_section(kind, location[:-1]))]
         near = get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"

@@ -60,6 +60,12 @@ def test_a_missing_key_is_named(file):
         load_config(PrecomputeConfig, file)
 
 
+def test_a_misspelt_key_is_named_before_the_key_it_leaves_missing(file):
+    file.write_text("dataset: {name: icons}\nstoer: x\nmodels: []\n")
+    with pytest.raises(ConfigError, match="unknown key 'stoer'; did you mean 'store'"):
+        load_config(PrecomputeConfig, file)
+
+
 def test_a_model_name_twice(file):
     twice = [VALUES["models"][0]] * 2
     file.write_text(yaml.safe_dump({**VALUES, "models": twice}))

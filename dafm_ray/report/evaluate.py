@@ -167,12 +167,12 @@ def _notes(table: Table, systems: Sequence[Fusion]) -> list[str]:
     if paired is None:
         notes.append("No fusion is above it.")
     else:
-        verdict = "a real" if paired.ci95[0] > 0 else "not a certain"
+        verdict = "significant" if paired.ci95[0] > 0 else "not significant"
         low, high = paired.ci95
         notes.append(
             f"Best system: {best.name}, {HEADLINE} {best.metrics[HEADLINE]:.2f} %: "
             f"{paired.diff:+.2f} points [{low:+.2f}, {high:+.2f}] against {single.name} on the "
-            f"same queries, {verdict} difference at 95 %."
+            f"same queries, {verdict} at 95 %."
         )
     for system in systems:
         if isinstance(system, Convex):

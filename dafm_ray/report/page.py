@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from dafm_ray.evaluation.protocols import HEADLINE
 from dafm_ray.report.cases import Case
 from dafm_ray.report.tables import Table
 from dafm_ray.tiles.manifest import Manifest
@@ -45,4 +46,5 @@ def render(
         failures=failures[:_FAILURES_SHOWN],
         failures_total=len(failures),
         notes=notes,
+        headline=HEADLINE,
     )

@@ -52,8 +52,8 @@ class LocalStorage:
     """A folder on this machine or on a mounted disk."""
 
     def __init__(self, root: str) -> None:
-        self.root = Path(root)
-        self.uri = str(root)
+        self.root = Path(root).absolute()
+        self.uri = str(self.root)
 
     def write(self, path: str, data: pa.Buffer) -> None:
         """Write under a temporary name, sync, rename."""

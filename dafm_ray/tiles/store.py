@@ -59,14 +59,14 @@ class TileStore:
         Raises:
             DataError: there is none, or its manifest is damaged.
         """
-        self.uri = uri
         self.storage: Storage = open_storage(uri)
+        self.uri = self.storage.uri
         self._verified: set[str] = set()
         try:
             data = self.storage.read("manifest.json")
         except (FileNotFoundError, NotADirectoryError):
-            raise DataError(f"{uri} is not a tile store: it has no manifest.json") from None
-        self.manifest = Manifest.from_bytes(data, f"{uri}/manifest.json")
+            raise DataError(f"{self.uri} is not a tile store: it has no manifest.json") from None
+        self.manifest = Manifest.from_bytes(data, f"{self.uri}/manifest.json")
 
     def __reduce__(self) -> tuple[type["TileStore"], tuple[str]]:
         return type(self), (self.uri,)

@@ -59,7 +59,7 @@ def config(tmp_path_factory):
         "  - {name: sum, id: 'clip4cir:sum@random-tiny'}\n"
         "  - {name: text, id: 'zeroshot:text@random-tiny'}\n"
         "store: unused\n"
-        "encode_block: 4\ntile_queries: 2\ntile_candidates: 8\n"
+        "encode_block: 4\ntile_queries: 4\ntile_candidates: 8\n"
     )
     return file
 
