@@ -1,10 +1,12 @@
 """Progress of long work: a bar with rate and ETA on a terminal, `status.json` for machines."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -81,3 +83,34 @@ def progress(
         yield shown
     finally:
         shown.close()
+
+
+@contextmanager
+def followed(stage: str, total: int, status: Path, unit: str) -> Iterator[None]:
+    """Show the progress that another process writes to a `status.json`."""
+    finished = threading.Event()
+
+    def follow() -> None:
+        done = 0
+        with progress(stage, total, unit=unit) as shown:
+            while True:
+                last = finished.wait(_INTERVAL_S)
+                with suppress(OSError, ValueError, KeyError):
+                    now = int(json.loads(status.read_text(encoding="utf-8"))["done"])
+                    shown.advance(now - done)
+                    done = now
+                if last:
+                    return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
+
+
+def status_line(stage: str, done: int, total: int) -> bytes:
+    """The bytes of a `status.json`."""
+    return (json.dumps(asdict(Status(stage, done, total))) + "\n").encode()

@@ -100,32 +100,36 @@ def rank_targets(scores_QN: Scores, targets_QT: Ints) -> TargetRanks:
     """
     rows_Q1 = np.arange(len(scores_QN))[:, None]
     target_scores_QT = np.where(targets_QT >= 0, scores_QN[rows_Q1, targets_QT], np.nan)
-    missing_QT = np.isnan(target_scores_QT)
-    best_Q = np.where(missing_QT, -np.inf, target_scores_QT).max(axis=1, initial=-np.inf)
-    ranked_Q = ~missing_QT.all(axis=1)
-    above_Q = (scores_QN > best_Q[:, None]).sum(axis=1)
-    tied_targets_Q = (target_scores_QT == best_Q[:, None]).sum(axis=1)
-    tied_Q = (scores_QN == best_Q[:, None]).sum(axis=1)
-    all_QT = np.full(targets_QT.shape, UNRANKED, dtype=np.int64)
+    ranked_QT = ~np.isnan(target_scores_QT)
+    above_QT, tied_QT, stored_QT = np.empty((3, *targets_QT.shape), dtype=np.int64)
     for t in range(targets_QT.shape[1]):
-        present = ~missing_QT[:, t]
-        all_QT[present, t] = _stored_ranks(scores_QN[present], targets_QT[present, t])
-    zero = np.zeros_like(above_Q)
+        score_Q1 = target_scores_QT[:, t, None]
+        above_QT[:, t] = _count(scores_QN > score_Q1)
+        equal_QN = scores_QN == score_Q1
+        tied_QT[:, t] = _count(equal_QN)
+        stored_QT[:, t] = above_QT[:, t] + 1
+        for q in np.flatnonzero(tied_QT[:, t] > 1):
+            stored_QT[q, t] += np.count_nonzero(equal_QN[q, : targets_QT[q, t]])
+    stored_QT[~ranked_QT] = UNRANKED
+    above_QT[~ranked_QT] = UNRANKED
+    best_Q1 = above_QT.argmin(axis=1)[:, None]
+    ranked_Q = ranked_QT.any(axis=1)
+    best_score_Q1 = np.take_along_axis(target_scores_QT, best_Q1, axis=1)
+    tied_targets_Q = (target_scores_QT == best_score_Q1).sum(axis=1)
+    tied_Q = np.take_along_axis(tied_QT, best_Q1, axis=1)[:, 0]
     return TargetRanks(
-        stored=all_QT.min(axis=1, initial=UNRANKED),
-        above=np.where(ranked_Q, above_Q, zero),
-        tied_others=np.where(ranked_Q, tied_Q - tied_targets_Q, zero),
-        tied_targets=np.where(ranked_Q, tied_targets_Q, zero),
-        all_targets=all_QT,
+        stored=stored_QT.min(axis=1),
+        above=np.where(ranked_Q, above_QT.min(axis=1), 0),
+        tied_others=np.where(ranked_Q, tied_Q - tied_targets_Q, 0),
+        tied_targets=np.where(ranked_Q, tied_targets_Q, 0),
+        all_targets=stored_QT,
     )
 
 
-def _stored_ranks(scores_QN: Scores, targets_Q: Ints) -> Ints:
-    score_Q1 = np.take_along_axis(scores_QN, targets_Q[:, None], axis=1)
-    before_QN = np.arange(scores_QN.shape[1])[None, :] < targets_Q[:, None]
-    ahead_QN = (scores_QN > score_Q1) | ((scores_QN == score_Q1) & before_QN)
-    ranks: Ints = 1 + ahead_QN.sum(axis=1)
-    return ranks
+def _count(mask_QN: NDArray[np.bool_]) -> Ints:
+    """(Q,) number of True; summing bytes is several times faster than summing booleans."""
+    counts: Ints = mask_QN.view(np.uint8).sum(axis=1, dtype=np.uint32).astype(np.int64)
+    return counts
 
 
 def subset_ranks(scores_QN: Scores, targets_QT: Ints, groups_QG: Ints) -> TargetRanks:

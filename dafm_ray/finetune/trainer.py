@@ -7,7 +7,7 @@ them. A run of the same output folder goes on from its last checkpoint.
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from dafm_ray.finetune.triplets import Batch, Triplets, epoch_batches, load_batc
 from dafm_ray.finetune.validation import validation_recall
 from dafm_ray.models.base import FrozenModel, ModelId
 from dafm_ray.models.registry import family
+from dafm_ray.progress import followed, status_line
 from dafm_ray.session import ensure_ray, one_thread
 
 SELECTION = "R@10"
+STATUS = "status.json"
 _MACHINE = frozenset({"workers", "use_gpu", "loader_workers", "out"})
 """Keys that may change between two starts of one run."""
 State = dict[str, Any]
@@ -191,7 +193,8 @@ def _learning_mode(model: FrozenModel, parts: tuple[str, ...]) -> None:
 def finetune(config: FinetuneConfig) -> Path:
     """Train on Ray Train; returns the path of the best weights, `out/weights.safetensors`.
 
-    Beside it: `config.yaml` and `history.json` (loss and recall of every epoch).
+    Beside it: `config.yaml`, `history.json` (loss and recall of every epoch) and, while it runs,
+    `status.json`.
 
     Raises:
         ConfigError, DataError: see `build` and `train`.
@@ -213,7 +216,7 @@ def finetune(config: FinetuneConfig) -> Path:
     ensure_ray()
     trainer = TorchTrainer(
         _worker,
-        train_loop_config=asdict(config),
+        train_loop_config=asdict(replace(config, out=str(out))),
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=config.use_gpu),
         run_config=RunConfig(
             name="checkpoints",
@@ -224,7 +227,8 @@ def finetune(config: FinetuneConfig) -> Path:
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
     )
     try:
-        result = trainer.fit()
+        with followed("train", config.epochs, out / STATUS, "epoch"):
+            result = trainer.fit()
     except TrainingFailedError as error:
         raise _cause(error) from None
     assert result.checkpoint is not None
@@ -310,6 +314,8 @@ def _worker(values: dict[str, Any]) -> None:
                 torch.save(state, Path(folder) / "state.pt")
                 (Path(folder) / "history.json").write_text(json.dumps(history))
                 saved = ray.train.Checkpoint.from_directory(folder)
+                line = status_line("train", len(history), config.epochs)
+                (Path(config.out) / STATUS).write_bytes(line)
             ray.train.report(metrics, checkpoint=saved)
 
     train(config, model, prepare, report, state, context.get_world_rank())

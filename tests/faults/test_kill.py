@@ -18,9 +18,9 @@ pytestmark = pytest.mark.timeout(170)
 
 
 def start(config: Path, store: Path) -> subprocess.Popen[str]:
+    job = ["precompute", "--config", str(config), "--set", f"store={store}"]
     return subprocess.Popen(
-        [sys.executable, "-m", "dafm_ray", "precompute"]
-        + ["--config", str(config), "--set", f"store={store}"],
+        [sys.executable, "-m", "dafm_ray", *job],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -134,6 +134,8 @@ def test_two_workers_on_ray_train(config, tmp_path):
     assert load_model(f"clip4cir:sum@{weights}").sizes.embed_dim == 32
     history = json.loads((tmp_path / "out" / "history.json").read_text())
     assert [row["epoch"] for row in history] == [1, 2]
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert (status["stage"], status["done"], status["total"]) == ("train", 2, 2)
     with pytest.raises(ConfigError, match=r"another configuration \(epochs differ\)"):
         finetune(replace(config, epochs=3))
 
