@@ -157,7 +157,7 @@ def train(
             schedule.step()
             total += loss.item()
         model.module.eval()
-        recall = validation_recall(model, validation, device)
+        recall = _agreed(lambda: validation_recall(model, validation, device))
         better = recall[SELECTION] > progress["best"]
         if better:
             best = _weights(model)
@@ -176,6 +176,20 @@ def train(
                 "best": best,
             },
         )
+
+
+def _agreed(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What the first worker measures, on every worker.
+
+    Running statistics differ between workers, and workers that stop at different epochs hang.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return measure()
+    measured = [measure() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(measured)
+    agreed = measured[0]
+    assert agreed is not None
+    return agreed
 
 
 def _weights(model: FrozenModel) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
-from dafm_ray.config import PrecomputeConfig
+from dafm_ray.config import PrecomputeConfig, to_yaml
 from dafm_ray.datasets.base import Dataset
 from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.models.checkpoints import weights_digest
@@ -60,6 +60,7 @@ def precompute(config: PrecomputeConfig, dataset: Dataset | None = None) -> Outc
     with writing(storage):
         spec = asdict(config.dataset)
         store = TileStore.create(config.store, dataset, spec, models, grid, config.score_type)
+        storage.write("config.yaml", pa.py_buffer(to_yaml(config).encode()))
         keys = [key for name in names for role in ROLES for key in store.feature_keys(name, role)]
         done = store.finished()
         features_done = sum(key in done for key in keys)

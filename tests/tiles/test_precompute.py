@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dafm_ray.config import DatasetConfig, ModelConfig, PrecomputeConfig
+from dafm_ray.config import DatasetConfig, ModelConfig, PrecomputeConfig, load_config
 from dafm_ray.datasets.base import Dataset, Gallery
 from dafm_ray.datasets.folder import load_folder
 from dafm_ray.errors import ConfigError, DataError
@@ -65,6 +65,7 @@ def test_scores_equal_the_model_in_a_bare_loop(config):
         )
         expected = model.score(queries, gallery).numpy()
     assert np.allclose(whole(store, "sum"), expected, atol=1e-5)
+    assert load_config(PrecomputeConfig, f"{config.store}/config.yaml") == config
     assert all(problem == "" for _, problem in store.verify())
 
 

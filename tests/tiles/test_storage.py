@@ -1,6 +1,7 @@
 import errno
 import os
 import stat
+import subprocess
 
 import pyarrow as pa
 import pytest
@@ -44,6 +45,24 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk(tmp_path):
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs privileges")
+    try:
+        storage = LocalStorage(str(tmp_path))
+        storage.write("small", pa.py_buffer(b"1"))
+        with pytest.raises(MachineError, match="disk is full"):
+            storage.write("large", pa.py_buffer(b"0" * 2_000_000))
+        assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
 def test_half_a_file_of_a_dead_process_is_not_listed(tmp_path):
     storage = LocalStorage(str(tmp_path))
     (tmp_path / ".a.123.tmp").write_bytes(b"half")
@@ -59,11 +78,16 @@ def test_refusals_say_what_to_do(number, message):
         raise OSError(number, os.strerror(number))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder(tmp_path):
-    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    with pytest.raises(MachineError, match="permission denied"):
-        LocalStorage(str(tmp_path)).write("a", pa.py_buffer(b"1"))
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR | stat.S_IROTH | stat.S_IXOTH)
+    user = os.geteuid()
+    if user == 0:  # root may write everywhere
+        os.seteuid(65534)
+    try:
+        with pytest.raises(MachineError, match="permission denied"):
+            LocalStorage(str(tmp_path)).write("a", pa.py_buffer(b"1"))
+    finally:
+        os.seteuid(user)
 
 
 def test_an_unknown_scheme_is_refused():
