@@ -150,6 +150,7 @@ class FinetuneConfig:
         logit_scale: factor on the scores before the softmax (1 / temperature).
         shift: random shift of training images, in pixels.
         workers: Ray Train workers.
+        cpus_per_worker: CPUs, and torch threads, of a worker.
         use_gpu: one GPU a worker.
         precision: bf16 runs the model under autocast.
         loader_workers: processes that decode images, a worker.
@@ -172,6 +173,7 @@ class FinetuneConfig:
     logit_scale: float = 100.0
     shift: int = 0
     workers: int = 1
+    cpus_per_worker: int = 1
     use_gpu: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     loader_workers: int = 0

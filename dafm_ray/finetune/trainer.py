@@ -25,11 +25,11 @@ from dafm_ray.finetune.validation import validation_recall
 from dafm_ray.models.base import FrozenModel, ModelId
 from dafm_ray.models.registry import family
 from dafm_ray.progress import followed, status_line
-from dafm_ray.session import ensure_ray, one_thread
+from dafm_ray.session import ensure_ray
 
 SELECTION = "R@10"
 STATUS = "status.json"
-_MACHINE = frozenset({"workers", "use_gpu", "loader_workers", "out"})
+_MACHINE = frozenset({"workers", "cpus_per_worker", "use_gpu", "loader_workers", "out"})
 """Keys that may change between two starts of one run."""
 State = dict[str, Any]
 Report = Callable[[dict[str, float], State], None]
@@ -146,16 +146,10 @@ def train(
         batches = epoch_batches(
             triplets, config.batch_size, config.seed, epoch, rank, config.workers
         )
-        total = 0.0
+        losses = []
         for batch in load_batches(triplets, batches, config.loader_workers):
-            loss = loss_of(batch)
-            if not torch.isfinite(loss):
-                raise DataError(f"the loss is {loss.item()} in epoch {epoch}; lower learning_rate")
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
+            losses.append(_step(loss_of, batch, optimiser))
             schedule.step()
-            total += loss.item()
         model.module.eval()
         recall = _agreed(lambda: validation_recall(model, validation, device))
         better = recall[SELECTION] > progress["best"]
@@ -167,7 +161,7 @@ def train(
             "stale": 0 if better else progress["stale"] + 1,
         }
         report(
-            {"epoch": epoch + 1, "loss": total / steps, **recall},
+            {"epoch": epoch + 1, "loss": sum(losses) / steps, **recall},
             {
                 "weights": _weights(model),
                 "optimiser": optimiser.state_dict(),
@@ -176,6 +170,17 @@ def train(
                 "best": best,
             },
         )
+
+
+def _step(loss_of: nn.Module, batch: Batch, optimiser: torch.optim.Optimizer) -> float:
+    """One optimiser step; the loss of the batch before it."""
+    loss: Tensor = loss_of(batch)
+    if not torch.isfinite(loss):
+        raise DataError(f"the loss is {loss.item()}; lower learning_rate")
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimiser.step()
+    return loss.item()
 
 
 def _agreed(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -228,10 +233,15 @@ def finetune(config: FinetuneConfig) -> Path:
     out = Path(config.out).resolve()
     _claim(out, config)
     ensure_ray()
+    resources = {"CPU": float(config.cpus_per_worker), "GPU": float(config.use_gpu)}
     trainer = TorchTrainer(
         _worker,
         train_loop_config=asdict(replace(config, out=str(out))),
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=config.use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker=resources,
+        ),
         run_config=RunConfig(
             name="checkpoints",
             storage_path=str(out),
@@ -303,8 +313,7 @@ def _worker(values: dict[str, Any]) -> None:
 
     config = parse_config(FinetuneConfig, values, "train_loop_config")
     context = ray.train.get_context()
-    if not config.use_gpu:
-        one_thread()
+    torch.set_num_threads(config.cpus_per_worker)
     model = build(config)
     model.module.to(ray.train.torch.get_device())
     state, history = None, []
