@@ -66,11 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--cases", type=int, default=12, help="queries shown with pictures")
 
     tiles = _group(commands, "tiles", "look into a store")
-    for name, command, text in (
-        ("info", _tiles_info, "what is in a store"),
-        ("verify", _tiles_verify, "check every checksum"),
-    ):
-        _add(tiles, name, command, text).add_argument("store")
+    _add(tiles, "info", _tiles_info, "what is in a store").add_argument("store")
+    verify = _add(tiles, "verify", _tiles_verify, "check every checksum")
+    verify.add_argument("store")
+    verify.add_argument(
+        "--repair", action="store_true", help="drop unsound tiles, so that precompute makes them"
+    )
 
     models = _group(commands, "models", "the sub-models")
     _add(models, "list", _models_list, "families that can be loaded")
@@ -148,9 +149,14 @@ def _tiles_info(arguments: argparse.Namespace) -> int:
 
 
 def _tiles_verify(arguments: argparse.Namespace) -> int:
+    from dafm_ray.tiles.lease import writing
     from dafm_ray.tiles.store import TileStore
 
     store = TileStore(arguments.store)
+    if arguments.repair:
+        with writing(store.storage):
+            for path in store.repair():
+                print(f"{path}: dropped")
     checked, problems = 0, 0
     for path, problem in store.verify():
         checked += 1
@@ -159,8 +165,8 @@ def _tiles_verify(arguments: argparse.Namespace) -> int:
             print(f"{path}: {problem}")
     if problems:
         raise DataError(
-            f"{problems} of {checked} files of {store.uri} are not sound; delete them and their "
-            "records, then run `dafm precompute` again"
+            f"{problems} of {checked} files of {store.uri} are not sound; run "
+            "`dafm tiles verify --repair`, then `dafm precompute` again"
         )
     missing = len(store.missing())
     print(f"{store.uri}: {checked} files, every checksum holds; {missing} tiles not computed yet")

@@ -130,6 +130,10 @@ class EvaluateConfig:
     cases: int = 12
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.cases < 0:
+            raise ConfigError("cases must be at least 0")
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -180,6 +184,8 @@ class FinetuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if min(self.workers, self.cpus_per_worker, self.patience) < 1:
+            raise ConfigError("workers, cpus_per_worker and patience must be at least 1")
         if self.batch_size < 2 or self.batch_size % self.workers:
             raise ConfigError("batch_size must be at least 2 and a multiple of workers")
         if self.epochs < 1 or self.learning_rate <= 0:
@@ -237,6 +243,10 @@ def _set(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {override!r}: write key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override!r}: the value is not YAML") from None
     *path, last = key.split(".")
     target: Any = values
     for part in path:
@@ -245,13 +255,13 @@ def _set(values: dict[str, Any], override: str) -> None:
         elif isinstance(target, dict):
             target = target.setdefault(part, {})
         else:
-            raise ConfigError(f"--set {override!r}: {part!r} is inside a value, not a section")
+            raise ConfigError(f"--set {override!r}: there is no section or entry {part!r}")
     if isinstance(target, list) and last.isdigit() and int(last) < len(target):
-        target[int(last)] = yaml.safe_load(text)
+        target[int(last)] = value
     elif isinstance(target, dict):
-        target[last] = yaml.safe_load(text)
+        target[last] = value
     else:
-        raise ConfigError(f"--set {override!r}: {last!r} is inside a value, not a section")
+        raise ConfigError(f"--set {override!r}: there is no section or entry {last!r}")
 
 
 def _explain(kind: type, location: tuple[int | str, ...], error: Mapping[str, Any]) -> str:

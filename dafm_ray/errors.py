@@ -42,6 +42,9 @@ _REFUSALS = {
     errno.EDQUOT: "the disk quota is used up; free some space and start again",
     errno.EACCES: "permission denied; check who owns the folder",
     errno.EPERM: "permission denied; check who owns the folder",
+    errno.EEXIST: "a file of that name is in the way; choose another folder",
+    errno.ENOTDIR: "a file of that name is in the way; choose another folder",
+    errno.ENOENT: "there is no such folder and it cannot be made",
     errno.EROFS: "the file system is read-only; choose another place",
 }
 

@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-from dafm_ray.errors import DafmError
+from dafm_ray.errors import DafmError, MachineError
 
 Row = dict[str, Any]
 """A row of a Ray Data pipeline."""
@@ -23,8 +23,15 @@ def ensure_ray() -> None:
 
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(log_to_driver=False)
+        except ConnectionError:
+            raise MachineError(
+                f"no Ray answers at RAY_ADDRESS={address}; start it, or unset RAY_ADDRESS to run "
+                "on this machine alone"
+            ) from None
         return
     # Ray's own log lines of a private session; errors still reach the caller as exceptions.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

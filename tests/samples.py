@@ -27,7 +27,7 @@ def image_folder(root: Path, images: int = 20, queries: int = 9) -> Path:
             "id": f"q{n}",
             "reference": f"{n // 2:03d}.png",
             "text": f"change {n}",
-            "targets": [f"{(n + 7) % images:03d}.png"],
+            "targets": [f"{(n // 2 + 1 + n % 2) % images:03d}.png"],
         }
         for n in range(queries)
     ]

@@ -46,7 +46,9 @@ def test_the_resolved_configuration_reads_back(file, tmp_path):
         ("models=[]", "name at least one model"),
         ("models.0.actors=0", "needs actors >= 1"),
         ("store", "write key=value"),
-        ("store.x=1", "inside a value"),
+        ("store.x=1", "no section or entry 'x'"),
+        ("models.9.name=x", "no section or entry '9'"),
+        ("store=[1", "the value is not YAML"),
     ],
 )
 def test_wrong_values_are_named(file, override, message):

@@ -144,6 +144,8 @@ class Dataset:
         refuse_duplicates((q.id for q in ordered), f"{where}: query id")
         known = set(self.gallery.ids)
         for query in ordered:
+            for what in ("targets", "group"):
+                refuse_duplicates(getattr(query, what), f"{where}: {what} of query {query.id!r}:")
             unknown = [
                 id
                 for id in (query.reference, *query.targets, *query.excluded, *query.group)

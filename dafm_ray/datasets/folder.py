@@ -30,7 +30,7 @@ def load_folder(root: str) -> Dataset:
         raise DataError(f"there is no folder {root!r}; set dataset.root to the folder of images")
     listed = folder / GALLERY
     if listed.is_file():
-        names = [line for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line for line in _lines(listed) if line.strip()]
     else:
         names = sorted(
             path.relative_to(folder).as_posix()
@@ -38,11 +38,14 @@ def load_folder(root: str) -> Dataset:
             if path.suffix.lower() in SUFFIXES and path.is_file()
         )
     refuse_duplicates(names, f"{listed}: image")
+    unspeakable = [name for name in names if not _is_text(name)]
+    if unspeakable:
+        raise DataError(f"{folder}: the file name {unspeakable[0]!r} is not UTF-8; rename it")
     file = folder / QUERIES
     if not file.is_file():
         raise DataError(f"{folder} holds no {QUERIES}; write one query a line")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    queries = [_query(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    lines = enumerate(_lines(file), 1)
+    queries = [_query(line, f"{file}:{n}") for n, line in lines if line.strip()]
     return Dataset(
         name="folder",
         split=folder.name,
@@ -64,17 +67,23 @@ def _query(line: str, where: str) -> Query:
     unknown = sorted(values.keys() - _KEYS)
     if unknown:
         raise DataError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}")
+    if not _is_text(line) or not _is_text(json.dumps(values, ensure_ascii=False)):
+        raise DataError(f"{where} holds characters that are not Unicode text")
     captions = _texts(values, "captions", "text", where)
-    if not captions:
-        raise DataError(f"{where}: 'text' is missing")
+    if not captions or not any(caption.strip() for caption in captions):
+        raise DataError(f"{where}: 'text' is missing or empty")
     reference = values.get("reference")
     if not isinstance(reference, str) or not reference:
         raise DataError(f"{where}: 'reference' must be the name of an image")
+    targets = _texts(values, "targets", "target", where)
+    if reference in targets or "" in targets:
+        raise DataError(f"{where}: a target is empty or is the reference, which is never ranked")
+    given = values.get("id")
     return Query(
-        id=str(values.get("id", "")) or where.rsplit(":", 1)[1],
+        id=where.rsplit(":", 1)[1] if given in (None, "") else str(given),
         reference=reference,
         captions=captions,
-        targets=_texts(values, "targets", "target", where),
+        targets=targets,
         excluded=exclude_reference(reference, "mask"),
         group=_texts(values, "group", "group", where),
         fold_group=reference,
@@ -83,8 +92,27 @@ def _query(line: str, where: str) -> Query:
 
 
 def _texts(values: dict[str, Any], many: str, one: str, where: str) -> tuple[str, ...]:
-    found = values.get(many, values.get(one)) or []
+    found = values.get(many, values.get(one))
+    if found is None:
+        return ()
     texts = [found] if isinstance(found, str) else found
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where}: {many!r} must be a list of strings")
     return tuple(texts)
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines of a UTF-8 file, with or without a byte order mark."""
+    try:
+        return file.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 (byte {error.start}); convert it") from None
+
+
+def _is_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8; names of odd files and lone surrogates cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

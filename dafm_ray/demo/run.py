@@ -46,20 +46,24 @@ def run_demo(out: Path, from_scratch: bool, say: Callable[[str], None]) -> Evalu
         from_scratch: train the sub-models first instead of using the weights that ship.
         say: receives a line a step.
     """
-    weights = str(train_demo_weights(out / "training", say)) if from_scratch else SHIPPED
+    weights, stores = SHIPPED, out
+    if from_scratch:
+        weights, stores = str(train_demo_weights(out / "training", say)), out / "from-scratch"
     for split in ("val", "test"):
         say(f"icons {split}: features and similarity tiles")
         outcome = precompute(
             PrecomputeConfig(
                 dataset=DatasetConfig("icons", split),
                 models=demo_models(weights),
-                store=str(out / split),
+                store=str(stores / split),
             )
         )
         say(f"  {outcome.blocks} blocks computed, the rest was there")
     say("fusion and evaluation on icons test, convex weights searched on icons val")
     return evaluate(
-        EvaluateConfig(store=str(out / "test"), out=str(out / "report"), tune_on=str(out / "val"))
+        EvaluateConfig(
+            store=str(stores / "test"), out=str(stores / "report"), tune_on=str(stores / "val")
+        )
     )
 
 

@@ -31,6 +31,7 @@ class TargetRanks:
         tied_others: (Q,) non-targets with exactly its score.
         tied_targets: (Q,) targets with exactly its score, itself included.
         all_targets: (Q, T) stored rank of every target, `UNRANKED` where there is none.
+        targets: (Q,) number of targets, ranked or not.
     """
 
     stored: Ints
@@ -38,6 +39,7 @@ class TargetRanks:
     tied_others: Ints
     tied_targets: Ints
     all_targets: Ints
+    targets: Ints
 
     @property
     def best(self) -> Ints:
@@ -67,9 +69,12 @@ class TargetRanks:
         ranks_QT = np.sort(self.all_targets, axis=1)
         found_T = np.arange(1, ranks_QT.shape[1] + 1)
         precision_QT = np.where(ranks_QT <= k, found_T / np.maximum(ranks_QT, 1), 0.0)
-        targets_Q = (ranks_QT != UNRANKED).sum(axis=1)
-        average: Floats = precision_QT.sum(axis=1) / np.clip(targets_Q, 1, k)
+        average: Floats = precision_QT.sum(axis=1) / np.clip(self.targets, 1, k)
         return average
+
+    def select(self, queries: Ints) -> "TargetRanks":
+        """The ranks of some queries."""
+        return TargetRanks(*(getattr(self, field.name)[queries] for field in fields(self)))
 
     @staticmethod
     def concatenate(parts: Sequence["TargetRanks"]) -> "TargetRanks":
@@ -123,6 +128,7 @@ def rank_targets(scores_QN: Scores, targets_QT: Ints) -> TargetRanks:
         tied_others=np.where(ranked_Q, tied_Q - tied_targets_Q, 0),
         tied_targets=np.where(ranked_Q, tied_targets_Q, 0),
         all_targets=stored_QT,
+        targets=(targets_QT >= 0).sum(axis=1),
     )
 
 

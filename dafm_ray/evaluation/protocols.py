@@ -11,7 +11,7 @@ class Protocol:
 
     Attributes:
         recalls: K of Recall@K.
-        subset_recalls: K of Rsubset@K, over the query's group; empty if there are no groups.
+        subset_recalls: K of Rsubset@K, over the query's group; shown where every query has one.
         average_precisions: K of mAP@K as CIRCO defines it.
         mean_of: columns whose mean is Rmean.
         macro: whether metrics are averaged over categories without weights.
@@ -32,7 +32,7 @@ class Protocol:
 
 PROTOCOLS = {
     "cirr": Protocol((1, 5, 10, 50), (1, 2, 3), mean_of=("R@5", "Rsubset@1")),
-    "folder": Protocol((1, 5, 10, 50), average_precisions=(5, 10, 25, 50)),
+    "folder": Protocol((1, 5, 10, 50), (1, 2, 3), average_precisions=(5, 10, 25, 50)),
 }
 
 HEADLINE = "R@10"

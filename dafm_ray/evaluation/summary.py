@@ -25,6 +25,11 @@ class SystemRanks:
     ranks: TargetRanks
     subset: TargetRanks | None
 
+    def select(self, queries: Ints) -> "SystemRanks":
+        """The ranks of some queries."""
+        subset = self.subset.select(queries) if self.subset is not None else None
+        return SystemRanks(self.name, self.kind, self.ranks.select(queries), subset)
+
 
 class Summary:
     """The numbers of one system.

@@ -78,9 +78,15 @@ def build(config: FinetuneConfig) -> FrozenModel:
 
     Raises:
         ConfigError: `parts` names nothing, or the family cannot be trained.
+        DataError: fewer triplets than a batch.
     """
     model_id = ModelId.parse(config.model)
     queries = load_dataset(config.train).queries
+    labelled = sum(bool(query.targets) for query in queries)
+    if labelled < config.batch_size:
+        raise DataError(
+            f"{labelled} triplets do not fill one batch of {config.batch_size}; lower batch_size"
+        )
     model = family(model_id.family).start(
         model_id, config.scratch, [q.captions for q in queries], config.seed
     )
@@ -113,16 +119,11 @@ def train(
         rank: of this worker.
 
     Raises:
-        DataError: fewer triplets than a batch, or a loss that is no longer a number.
+        DataError: a loss that is no longer a number.
     """
     triplets = Triplets(load_dataset(config.train), model)
     validation = load_dataset(config.validation)
     steps = len(epoch_batches(triplets, config.batch_size, config.seed, 0, rank, config.workers))
-    if not steps:
-        raise DataError(
-            f"{len(triplets)} triplets do not fill one batch of {config.batch_size}; "
-            "lower batch_size"
-        )
     device = str(next(model.module.parameters()).device)
     loss_of = prepare(TripletLoss(model, config))
     learning = [p for p in model.module.parameters() if p.requires_grad]

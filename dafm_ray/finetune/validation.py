@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +42,7 @@ def validation_recall(
     positions = {id: n for n, id in enumerate(gallery.ids)}
     targets_QT = columns_of([query.targets for query in dataset.queries], positions)
     ranks = rank_targets(scores_QN, targets_QT)
+    ranks = ranks.select(np.flatnonzero(ranks.targets))
     return {f"R@{k}": float(100 * (ranks.stored <= k).mean()) for k in RECALLS}
 
 

@@ -62,8 +62,9 @@ def _divide(scores: Scores, scale: Scores) -> Scores:
 def _centre(scores: Scores) -> tuple[Scores, Scores]:
     present = ~np.isnan(scores)
     count = np.maximum(present.sum(axis=-1, keepdims=True), 1).astype(scores.dtype)
-    mean = np.where(present, scores, 0).sum(axis=-1, keepdims=True) / count
-    centred = scores - mean
+    # In float64 the mean of equal float32 scores is that score exactly.
+    total = np.where(present, scores, 0).sum(axis=-1, keepdims=True, dtype=np.float64)
+    centred = scores - (total / count).astype(scores.dtype)
     squares = np.where(present, centred, 0) ** 2
     return centred, np.sqrt(squares.sum(axis=-1, keepdims=True) / count)
 

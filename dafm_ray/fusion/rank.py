@@ -41,10 +41,10 @@ def masked_scores(store: TileStore) -> Iterator[Chunk]:
     models, candidates = store.models, store.manifest.gallery_size
     step = max(1, CHUNK_SCORES // (len(models) * candidates))
     for block, rows in enumerate(store.tile_rows):
-        tiles = [store.scores(model, block) for model in models]
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
-            stacked = np.stack([tile[start : start + step] for tile in tiles])
+            chunk = slice(start, start + step)
+            stacked = np.stack([store.scores(model, block, chunk) for model in models])
             scores_MBN = stacked.astype(np.float32)
             for row, query in zip(
                 range(len(part)), store.queries[part.start : part.stop], strict=True
@@ -71,7 +71,9 @@ def rank_systems(
     """
     ranks: list[list[TargetRanks]] = [[] for _ in systems]
     subsets: list[list[TargetRanks]] = [[] for _ in systems]
-    grouped = bool(protocol.subset_recalls) and any(query.group for query in store.queries)
+    grouped = bool(protocol.subset_recalls) and all(
+        set(query.group) & set(query.targets) for query in store.queries if query.targets
+    )
     for chunk in masked_scores(store):
         queries = store.queries[chunk.rows.start : chunk.rows.stop]
         targets_QT = columns_of([query.targets for query in queries], store.positions)

@@ -4,7 +4,7 @@ Sources: CombSUM and CombMNZ (Fox and Shaw, TREC-2, 1994); RRF (Cormack et al., 
 Borda count (Aslam and Montague, SIGIR 2001). A model that did not score a candidate adds nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -98,7 +98,10 @@ def rrf(scores_MBN: Scores) -> Scores:
 
 
 def borda(scores_MBN: Scores) -> Scores:
-    """Borda count: N points for the first candidate of a model, one fewer for each further one."""
+    """Borda count: 1 for a model's first candidate, 1 / N less for each further one.
+
+    N is the number of candidates the model scored, so models that scored fewer count alike.
+    """
     return combsum(rank(scores_MBN))
 
 
@@ -106,23 +109,34 @@ _RULES: dict[str, tuple[Callable[[Scores], Scores], str]] = {
     "mean": (mean, "zscore"),
     "combsum": (combsum, "minmax"),
     "combmnz": (combmnz, "minmax"),
-    "rrf": (rrf, "none"),
-    "borda": (borda, "none"),
+    "rrf": (rrf, ""),
+    "borda": (borda, ""),
 }
-"""Rule -> function and the normalisation it has if none is named."""
+"""Rule -> function and the normalisation it has if none is named; "" for rules on ranks."""
 
 
 def static_fusion(name: str) -> Fusion:
     """`RULE` or `RULE@NORMALISATION`, as `mean@zscore`, `combmnz@minmax`, `rrf`.
 
     Raises:
-        ConfigError: no such rule or normalisation; names the nearest.
+        ConfigError: no such rule or normalisation, or a rule on ranks with one.
     """
-    rule, _, normalisation = name.partition("@")
-    for word, known in ((rule, _RULES), (normalisation or "none", NORMALISATIONS)):
-        if word not in known:
-            near = get_close_matches(word, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"there is no fusion {name!r}{hint} Known: {', '.join(known)}")
+    rule, at, normalisation = name.partition("@")
+    if rule not in _RULES:
+        raise ConfigError(_unknown(name, rule, _RULES))
     combine, default = _RULES[rule]
-    return Static(name, normalisation or default, combine)
+    if not default:
+        if at:
+            raise ConfigError(f"{name!r}: {rule} works on ranks; it takes no normalisation")
+        return Static(rule, "none", combine)
+    chosen = normalisation if at else default
+    if chosen not in NORMALISATIONS:
+        raise ConfigError(_unknown(name, chosen, NORMALISATIONS))
+    return Static(f"{rule}@{chosen}", chosen, combine)
+
+
+def _unknown(name: str, word: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = get_close_matches(word, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"there is no fusion {name!r}: unknown {word!r}{hint} Known: {', '.join(names)}"

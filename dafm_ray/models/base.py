@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from dafm_ray.errors import ConfigError
 
+RANDOM = frozenset({"random", "random-tiny"})
+"""Weights that are no file: random ones of the published size, or of a tiny one, for tests."""
+
 
 @dataclass(frozen=True)
 class ModelId:

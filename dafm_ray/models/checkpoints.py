@@ -19,6 +19,8 @@ PACKAGE_SCHEME = "package://"
 """`package://some.package/file.safetensors`: weights that ship inside a Python package."""
 
 _NAMES_SHOWN = 5
+_MAGIC = (b"PK", b"\x80\x02")
+"""First bytes of what torch.save writes, now and before version 1.6."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,11 @@ def read_checkpoint(location: str) -> Checkpoint:
 
 
 def weights_digest(location: str) -> str:
-    """SHA-256 of the bytes of weights files; a name that is no file, as `random`, is itself.
+    """SHA-256 of the bytes of weights files.
 
     Raises:
         DataError: there is no such file.
     """
-    if location.startswith("random"):
-        return location
     hasher = hashlib.sha256()
     for part in location.split("+"):
         with _local_path(part).open("rb") as file:
@@ -129,7 +129,10 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: str) 
 def _local_path(location: str) -> Path:
     if location.startswith(PACKAGE_SCHEME):
         package, _, name = location.removeprefix(PACKAGE_SCHEME).partition("/")
-        path = Path(str(importlib.resources.files(package).joinpath(name)))
+        try:
+            path = Path(str(importlib.resources.files(package).joinpath(name)))
+        except ModuleNotFoundError:
+            raise DataError(f"{location}: there is no Python package {package!r}") from None
     else:
         path = Path(location.removeprefix("file://"))
     if not path.is_file():
@@ -158,6 +161,9 @@ def _read_pickle_free(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
+        with path.open("rb") as file:
+            if file.read(2) not in _MAGIC:
+                raise DataError(f"{path} is not a readable checkpoint") from None
         raise DataError(
             f"{path} holds pickled Python objects, and loading them would run code from the file. "
             "Convert it once where you trust it: load it with its own project and "

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dafm_ray.errors import ConfigError
-from dafm_ray.models.base import FrozenModel, ModelId
+from dafm_ray.models.base import RANDOM, FrozenModel, ModelId
 from dafm_ray.models.captions import join_capitalised
 from dafm_ray.models.checkpoints import Checkpoint, load_strictly, read_checkpoint
 from dafm_ray.models.clip_towers import (
@@ -91,7 +91,7 @@ class ClipModel(FrozenModel):
     @classmethod
     def load(cls, model_id: ModelId) -> Self:
         """Load the authors' files, SPN4CIR's second stage, our own, or random weights."""
-        if model_id.weights.startswith("random"):
+        if model_id.weights in RANDOM:
             sizes = TINY if model_id.weights == "random-tiny" else RN50X4
             return cls.random(sizes, model_id.variant)
         checkpoint = read_checkpoint(model_id.weights)

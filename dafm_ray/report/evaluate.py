@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dafm_ray.config import DatasetConfig, EvaluateConfig, to_yaml
-from dafm_ray.datasets.base import digest
+from dafm_ray.datasets.base import Query, digest, refuse_duplicates
 from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import DafmError, DataError, refusals
 from dafm_ray.evaluation.metrics import UNRANKED
@@ -54,17 +55,20 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     systems_named = [static_fusion(name) for name in config.fusions]
     store = TileStore(config.store)
     _refuse_incomplete(store)
-    if not any(query.targets for query in store.queries):
+    labelled = np.flatnonzero([bool(query.targets) for query in store.queries])
+    if not len(labelled):
         raise DataError(f"{config.store}: no query has a target, so there is nothing to count")
     systems: list[Fusion] = [*singles(store), *systems_named]
     if config.tune_on:
         systems.append(_convex(store, TileStore(config.tune_on)))
+    refuse_duplicates((system.name for system in systems), "system")
     rules = protocol(store.manifest.protocol)
     with progress("evaluate", len(store.queries), unit="query") as shown:
         ranked = rank_systems(store, systems, rules, shown)
-    categories = [query.category for query in store.queries]
-    summaries = [Summary(system, rules, categories) for system in ranked]
-    table = _table(store, summaries, config.seed)
+    counted = [store.queries[q] for q in labelled]
+    categories = [query.category for query in counted]
+    summaries = [Summary(system.select(labelled), rules, categories) for system in ranked]
+    table = _table(store.manifest, counted, summaries, config.seed)
     failures = store.failures()
     drawn = case_studies.sample_cases(
         store, systems, {s.name: _ranks(s) for s in ranked}, config.cases, config.seed
@@ -118,8 +122,10 @@ def _convex(store: TileStore, other: TileStore) -> Convex:
     return search_convex(other)
 
 
-def _table(store: TileStore, summaries: Sequence[Summary], seed: int) -> Table:
-    bootstrap = Bootstrap([query.fold_group for query in store.queries], seed)
+def _table(
+    manifest: Manifest, queries: Sequence[Query], summaries: Sequence[Summary], seed: int
+) -> Table:
+    bootstrap = Bootstrap([query.fold_group for query in queries], seed)
     alone = [summary for summary in summaries if summary.system.kind == "single"]
     best = max(alone, key=lambda summary: (summary.percent(HEADLINE), summary.system.name))
     against = [best, *(s for s in summaries if s.system.name in (Z_MEAN, "convex@zscore"))]
@@ -131,7 +137,7 @@ def _table(store: TileStore, summaries: Sequence[Summary], seed: int) -> Table:
             Row(
                 name=name,
                 kind=summary.system.kind,
-                queries=len(store.queries),
+                queries=len(queries),
                 metrics={m: round(summary.percent(m), 4) for m in summary.values},
                 ci95={m: bootstrap.interval(v) for m, v in summary.values.items()},
                 hits=luck["hits"],
@@ -147,11 +153,13 @@ def _table(store: TileStore, summaries: Sequence[Summary], seed: int) -> Table:
                 },
             )
         )
-    manifest = store.manifest
+    spec = manifest.dataset
+    name = " ".join(part for part in (spec["name"], spec["split"], spec.get("root")) if part)
     policy = "masked" if manifest.policy == "mask" else "kept"
+    unlabelled = manifest.queries_size - len(queries)
     caption = (
-        f"{manifest.dataset['name']} {manifest.dataset['split']}, protocol {manifest.protocol}, "
-        f"reference {policy}, {manifest.queries_size:,} queries, gallery of "
+        f"{name}, protocol {manifest.protocol}, reference {policy}, {len(queries):,} queries"
+        f"{f' ({unlabelled:,} more have no target)' if unlabelled else ''}, gallery of "
         f"{manifest.gallery_size:,} images."
     )
     return Table(caption, tuple(rows), best.system.name)
@@ -201,7 +209,7 @@ def _metrics(manifest: Manifest, table: Table, config: EvaluateConfig) -> dict[s
         "dataset": manifest.dataset,
         "protocol": manifest.protocol,
         "reference": manifest.policy,
-        "queries": manifest.queries_size,
+        "queries": table.rows[0].queries,
         "gallery": manifest.gallery_size,
         "systems": [asdict(row) for row in table.rows],
         "versions": manifest.versions,

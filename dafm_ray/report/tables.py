@@ -94,13 +94,15 @@ def to_markdown(table: Table) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """Percents and hit counts, one system a line."""
+    """Percents, hit counts and the protocol, one system a line."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = list(table.rows[0].hits)
-    writer.writerow([*table.header(), "queries", *(f"hits {column}" for column in columns)])
+    hits = [f"hits {column}" for column in columns]
+    writer.writerow([*table.header(), "queries", *hits, "protocol"])
     for row, cells in zip(table.rows, table.cells(), strict=True):
-        writer.writerow([*cells, row.queries, *(row.hits[column] for column in columns)])
+        counts = [row.hits[column] for column in columns]
+        writer.writerow([*cells, row.queries, *counts, table.caption])
     return text.getvalue()
 
 

@@ -154,8 +154,7 @@ def _decode(unit: Unit, source: ImageSource, store: TileStore) -> Row:
         for id, index in zip(unit.ids, unit.image_index, strict=True)
         if isinstance(reason := images[index], str)
     ]
-    if failures:
-        store.quarantine(unit.role, unit.block, failures)
+    store.quarantine(unit.role, unit.block, failures)
     return {"unit": pickle.dumps(replace(unit, images=images))}
 
 
@@ -222,8 +221,8 @@ def encode_unit(model: "FrozenModel", unit: Unit, device: str = "cpu") -> "Array
 def _stack(model: "FrozenModel", images: Sequence["Image.Image | str"]) -> "Tensor":
     """(R, 3, H, W); zeros stand for unusable images, so that a block keeps its shape."""
     import torch
+    from PIL import Image
 
     tensors = [None if isinstance(image, str) else model.preprocess(image) for image in images]
-    usable = [tensor for tensor in tensors if tensor is not None]
-    blank = torch.zeros_like(usable[0]) if usable else torch.zeros(3, 32, 32)
+    blank = torch.zeros_like(model.preprocess(Image.new("RGB", (64, 64))))
     return torch.stack([blank if tensor is None else tensor for tensor in tensors])

@@ -2,7 +2,8 @@
 
 On a local disk the lease is a lock that the kernel drops when its holder dies. An object store has
 no such lock: there the holder renews a small object, and a lease not renewed for `EXPIRY` seconds
-is free.
+is free. Without a conditional write two runs that start in the same second may both go on until
+one of them renews; they write the same blocks, so nothing is lost but time.
 """
 
 import fcntl
@@ -80,9 +81,15 @@ def _renewed(storage: Storage) -> Iterator[None]:
         raise _taken(storage, json.dumps(holder))
     done = threading.Event()
 
+    lost = threading.Event()
+
     def renew() -> None:
         while not done.wait(EXPIRY / 4):
             with suppress(OSError):
+                found = _read(storage)
+                if found and found["token"] != token:
+                    lost.set()
+                    return
                 _write(storage, token)
 
     thread = threading.Thread(target=renew, daemon=True)
@@ -92,7 +99,10 @@ def _renewed(storage: Storage) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        storage.delete(LEASE)
+        if not lost.is_set():
+            storage.delete(LEASE)
+    if lost.is_set():
+        raise _taken(storage, "it took the lease over")
 
 
 def _read(storage: Storage) -> dict[str, object] | None:
@@ -100,7 +110,7 @@ def _read(storage: Storage) -> dict[str, object] | None:
         values: dict[str, object] = json.loads(bytes(memoryview(storage.read(LEASE))))
     except (FileNotFoundError, ValueError):
         return None
-    return values
+    return values if {"token", "renewed"} <= values.keys() else None
 
 
 def _write(storage: Storage, token: str) -> None:

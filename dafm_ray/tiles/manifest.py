@@ -23,6 +23,11 @@ class ModelEntry:
     id: str
     weights_digest: str
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        """`family:variant` and weights: what a store's scores come from, wherever the file lies."""
+        return self.id.partition("@")[0], self.weights_digest
+
 
 @dataclass(frozen=True)
 class Grid:

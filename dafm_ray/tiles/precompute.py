@@ -9,7 +9,9 @@ import pyarrow as pa
 
 from dafm_ray.config import PrecomputeConfig, to_yaml
 from dafm_ray.datasets.base import Dataset
+from dafm_ray.datasets.images import ImageError
 from dafm_ray.datasets.registry import load_dataset
+from dafm_ray.models.base import RANDOM
 from dafm_ray.models.checkpoints import weights_digest
 from dafm_ray.models.registry import resolve
 from dafm_ray.progress import StatusWriter, progress
@@ -19,7 +21,7 @@ from dafm_ray.tiles.lease import writing
 from dafm_ray.tiles.manifest import Grid, ModelEntry
 from dafm_ray.tiles.similarity import score_tiles
 from dafm_ray.tiles.storage import Storage, open_storage
-from dafm_ray.tiles.store import ROLES, Failure, TileStore
+from dafm_ray.tiles.store import ROLES, Failure, Role, TileStore
 
 QUARANTINE = "quarantine.csv"
 
@@ -52,15 +54,13 @@ def precompute(config: PrecomputeConfig, dataset: Dataset | None = None) -> Outc
     dataset = dataset or load_dataset(config.dataset)
     grid = Grid(config.encode_block, config.tile_queries, config.tile_candidates)
     names = [model.name for model in config.models]
-    models = {
-        model.name: ModelEntry(model.id, weights_digest(resolve(model.id)[1].weights))
-        for model in config.models
-    }
+    models = {model.name: ModelEntry(model.id, _identity(model.id)) for model in config.models}
     storage = open_storage(config.store)
     with writing(storage):
         spec = asdict(config.dataset)
         store = TileStore.create(config.store, dataset, spec, models, grid, config.score_type)
         storage.write("config.yaml", pa.py_buffer(to_yaml(config).encode()))
+        _retry_quarantined(store, dataset)
         keys = [key for name in names for role in ROLES for key in store.feature_keys(name, role)]
         done = store.finished()
         features_done = sum(key in done for key in keys)
@@ -79,7 +79,34 @@ def precompute(config: PrecomputeConfig, dataset: Dataset | None = None) -> Outc
         store.finished()
         if failures:
             storage.write(QUARANTINE, _table(failures))
+        else:
+            storage.delete(QUARANTINE)
     return Outcome(store, missing, failures)
+
+
+def _identity(model_id: str) -> str:
+    weights = resolve(model_id)[1].weights
+    return weights if weights in RANDOM else weights_digest(weights)
+
+
+def _retry_quarantined(store: TileStore, dataset: Dataset) -> None:
+    """Forget the blocks of quarantined items that can be used by now."""
+    step = store.manifest.grid.encode_block
+    gallery = dataset.gallery
+    reference = {query.id: query.reference for query in dataset.queries}
+    place = {query.id: n for n, query in enumerate(dataset.queries)}
+    mended: set[tuple[Role, int]] = set()
+    for failure in store.failures():
+        queries = failure.role == "queries"
+        image = reference[failure.id] if queries else failure.id
+        position = place[failure.id] if queries else gallery.position(failure.id)
+        try:
+            dataset.source.open(gallery.locators[gallery.position(image)])
+        except ImageError:
+            continue
+        mended.add((failure.role, position // step))
+    for role, block in mended:
+        store.forget(role, block)
 
 
 def _status_writer(storage: Storage) -> StatusWriter:

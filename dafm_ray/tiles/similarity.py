@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dafm_ray.errors import DataError
 from dafm_ray.models.registry import resolve
 from dafm_ray.progress import Progress
 from dafm_ray.session import Row, explained, finished, one_thread
@@ -77,8 +78,10 @@ def _score_tile(row: Row, uri: str, run: str, device: str) -> Row:
     candidates = _candidates(uri, run, model, n, device)
     scored = score_block(store.manifest.models[model].id, queries, candidates, device)
     columns = store.tile_columns[n]
-    tile = scored[: len(store.tile_rows[q]), : len(columns)]
-    store.write(score_key(model, q, n), tile.astype(store.manifest.score_type))
+    tile = scored[: len(store.tile_rows[q]), : len(columns)].astype(store.manifest.score_type)
+    if np.isinf(tile).any():
+        raise DataError(f"{model} gives infinite scores (as {store.manifest.score_type})")
+    store.write(score_key(model, q, n), tile)
     return {"tile": score_key(model, q, n)}
 
 

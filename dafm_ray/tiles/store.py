@@ -104,13 +104,11 @@ class TileStore:
         if _exists(storage, "manifest.json"):
             store = cls(uri)
             store._check_same(dataset)
-            store._add_models(models)
+            store._restore_tables(_tables(dataset))
+            store._set_models(models)
             return store
         gallery, queries = dataset.gallery, dataset.queries
-        tables = {
-            "gallery.arrow": blocks.encode_gallery(gallery.ids, gallery.source_order),
-            "queries.arrow": blocks.encode_queries(queries),
-        }
+        tables = _tables(dataset)
         for name, data in tables.items():
             storage.write(name, data)
         manifest = Manifest(
@@ -143,17 +141,24 @@ class TileStore:
                     f"{len(dataset.gallery)} and {len(dataset.queries)}). Choose another folder"
                 )
 
-    def _add_models(self, models: dict[str, ModelEntry]) -> None:
-        stored = self.manifest.models
+    def _restore_tables(self, tables: dict[str, pa.Buffer]) -> None:
+        for name, data in tables.items():
+            wanted = self.manifest.tables[name]
+            if self._verify_one(name, wanted)[1] and blocks.checksum(data) == wanted:
+                self.storage.write(name, data)
+
+    def _set_models(self, models: dict[str, ModelEntry]) -> None:
+        """Add models; those of an earlier run that never finished a block are dropped."""
+        started = {key.split("/")[1] for key in self.finished()}
+        stored = {n: e for n, e in self.manifest.models.items() if n in started}
         for name in models.keys() & stored.keys():
-            started = any(f"/{name}/" in key for key in self._records)
-            if started and stored[name].weights_digest != models[name].weights_digest:
+            if stored[name].identity != models[name].identity:
                 raise DataError(
                     f"{self.uri} holds model {name!r} with other weights ({stored[name].id}); "
                     "give the new one another name"
                 )
-        if any(stored.get(name) != entry for name, entry in models.items()):
-            self.manifest = replace(self.manifest, models={**stored, **models})
+        if self.manifest.models != {**models, **stored}:
+            self.manifest = replace(self.manifest, models={**models, **stored})
             self.storage.write("manifest.json", self.manifest.to_bytes())
 
     # What is searched
@@ -217,10 +222,12 @@ class TileStore:
     def _records(self) -> dict[str, str]:
         """Key -> digest of every finished block, from one listing."""
         found: dict[str, str] = {}
-        for path in self.storage.list("records"):
-            key, digest, _ = path.removeprefix("records/").rsplit(".", 2)
-            found.setdefault(key, digest)
+        for path in self._record_paths():
+            found.setdefault(*_parse_record(path))
         return found
+
+    def _record_paths(self) -> list[str]:
+        return [path for path in self.storage.list("records") if _RECORD.fullmatch(path)]
 
     def finished(self) -> set[str]:
         """Keys of all finished blocks, listed anew."""
@@ -267,28 +274,77 @@ class TileStore:
         joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return joined[rows.start - first * step : rows.stop - first * step]
 
-    def scores(self, model: str, query_block: int) -> Array:
-        """(B, N) scores of one row of tiles; without a copy where one tile spans the gallery."""
+    def scores(self, model: str, query_block: int, rows: slice = slice(None)) -> Array:
+        """(B, N) scores of one row of tiles; without a copy where one tile spans the gallery.
+
+        Args:
+            model: short name.
+            query_block: which row of tiles.
+            rows: of the tiles; all by default.
+        """
         columns = range(len(self.tile_columns))
-        parts = [self.read(score_key(model, query_block, n)) for n in columns]
+        parts = [self.read(score_key(model, query_block, n))[rows] for n in columns]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     # Failures
 
     def quarantine(self, role: Role, block: int, failures: Sequence[Failure]) -> None:
-        """List the items of one encode block that could not be used."""
+        """List the items of one encode block that could not be used; none clears the list."""
+        path = f"quarantine/{role}-{block:06d}.json"
+        if not failures:
+            self.storage.delete(path)
+            return
         rows = [{"id": failure.id, "reason": failure.reason} for failure in failures]
         data = json.dumps(rows, ensure_ascii=False, indent=1).encode()
-        self.storage.write(f"quarantine/{role}-{block:06d}.json", pa.py_buffer(data))
+        self.storage.write(path, pa.py_buffer(data))
 
     def failures(self) -> list[Failure]:
         """All items that could not be used, candidates first."""
         found: list[Failure] = []
         for path in self.storage.list("quarantine"):
             role: Role = "gallery" if "/gallery-" in path else "queries"
-            rows = json.loads(bytes(memoryview(self.storage.read(path))))
-            found.extend(Failure(role, row["id"], row["reason"]) for row in rows)
+            try:
+                rows = json.loads(bytes(memoryview(self.storage.read(path))))
+                found.extend(Failure(role, row["id"], row["reason"]) for row in rows)
+            except (ValueError, KeyError, TypeError):
+                raise DataError(f"{self.uri}: {path} is damaged; delete it") from None
         return found
+
+    def forget(self, role: Role, block: int) -> None:
+        """Drop the records of an encode block and of every tile made of it."""
+        rows = spans(self.size(role), self.manifest.grid.encode_block)[block]
+        tiles = self.tile_rows if role == "queries" else self.tile_columns
+        touched = {
+            n for n, tile in enumerate(tiles) if tile.start < rows.stop and rows.start < tile.stop
+        }
+        for path in self._record_paths():
+            kind, model, *place = _parse_record(path)[0].split("/")
+            if kind == "features":
+                stale = path.startswith(f"records/{feature_key(model, role, block)}.")
+            else:
+                q, n = (int(number) for number in place[0].split("-"))
+                stale = (q if role == "queries" else n) in touched
+            if stale:
+                self.storage.delete(path)
+        self.finished()
+
+    def repair(self) -> list[str]:
+        """Drop every block that is damaged or missing, so that `precompute` makes it again.
+
+        Returns:
+            Paths of what was dropped.
+        """
+        unsound = {path for path, problem in self.verify() if problem}
+        dropped: list[str] = []
+        for path in self._record_paths():
+            key, digest = _parse_record(path)
+            data = f"{key}.{digest}.arrow"
+            if path in unsound or data in unsound:
+                self.storage.delete(path)
+                self.storage.delete(data)
+                dropped.append(data)
+        self.finished()
+        return dropped
 
     # Checks
 
@@ -302,8 +358,8 @@ class TileStore:
         """Check every record and every checksum; yield (path, problem), "" where all is well."""
         for name in self.manifest.tables:
             yield self._verify_one(name, self.manifest.tables[name])
-        for path in self.storage.list("records"):
-            key, digest, _ = path.removeprefix("records/").rsplit(".", 2)
+        for path in self._record_paths():
+            key, digest = _parse_record(path)
             try:
                 record = json.loads(bytes(memoryview(self.storage.read(path))))
                 sound = record["key"] == key and record["digest"] == digest
@@ -327,7 +383,23 @@ class TileStore:
         return self.storage.read(path)
 
 
-_MEND = "delete it and its record below records/, then run `dafm precompute` again"
+_MEND = "run `dafm tiles verify --repair` on the store, then `dafm precompute` again"
+_RECORD = re.compile(r"records/(.+)\.([0-9a-f]{32})\.json")
+
+
+def _parse_record(path: str) -> tuple[str, str]:
+    """(key, digest) of a record's path."""
+    matched = _RECORD.fullmatch(path)
+    assert matched is not None
+    return matched[1], matched[2]
+
+
+def _tables(dataset: Dataset) -> dict[str, pa.Buffer]:
+    gallery = dataset.gallery
+    return {
+        "gallery.arrow": blocks.encode_gallery(gallery.ids, gallery.source_order),
+        "queries.arrow": blocks.encode_queries(dataset.queries),
+    }
 
 
 def feature_key(model: str, role: Role, block: int) -> str:

@@ -34,16 +34,36 @@ def test_gallery_txt_names_the_gallery(tmp_path):
     [
         ("{", "queries.jsonl:1 is not JSON"),
         ("[]", "must be a JSON object"),
-        (json.dumps({"reference": "a.png"}), "'text' is missing"),
+        (json.dumps({"reference": "a.png"}), "'text' is missing or empty"),
         (json.dumps({"reference": 3, "text": "x"}), "'reference' must be"),
         (json.dumps({"refrence": "a.png", "text": "x"}), "unknown key 'refrence'"),
         (json.dumps({"reference": "a.png", "text": "x", "targets": [1]}), "list of strings"),
+        (json.dumps({"reference": "a.png", "text": " "}), "'text' is missing or empty"),
+        (json.dumps({"reference": "a.png", "text": "x", "target": "a.png"}), "is the reference"),
+        (json.dumps({"reference": "a.png", "text": "x", "target": ""}), "a target is empty"),
+        (json.dumps({"reference": "a.png", "text": "\ud800"}), "not Unicode text"),
+        (json.dumps({"reference": "a.png", "text": "x", "group": ["b.png"] * 2}), "stands twice"),
         (json.dumps({"reference": "c.png", "text": "x"}), "not in the gallery"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, message):
     with pytest.raises(DataError, match=message):
         load_folder(write(tmp_path / "own", line))
+
+
+def test_separators_inside_a_text_byte_order_marks_and_missing_ids(tmp_path):
+    line = json.dumps({"id": None, "reference": "a.png", "text": "a\u2028b"}, ensure_ascii=False)
+    root = write(tmp_path / "own", line, line)
+    file = tmp_path / "own" / "queries.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert sorted(query.id for query in load_folder(root).queries) == ["1", "2"]
+
+
+def test_other_encodings_are_named(tmp_path):
+    root = write(tmp_path / "own")
+    (tmp_path / "own" / "queries.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
+    with pytest.raises(DataError, match="is not UTF-8"):
+        load_folder(root)
 
 
 def test_a_missing_folder_and_missing_queries(tmp_path):

@@ -53,6 +53,15 @@ def test_unusable_files_say_why(data, reason):
         decode(data)
 
 
+def test_whatever_a_plugin_raises_is_a_reason(monkeypatch):
+    def broken(image):
+        raise TypeError("required argument is not an integer")
+
+    monkeypatch.setattr(images.ImageOps, "exif_transpose", broken)
+    with pytest.raises(ImageError, match="cannot be decoded: required argument"):
+        decode(encoded(picture(0)))
+
+
 def test_a_decompression_bomb_is_refused(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     with pytest.raises(ImageError, match="more than 100 allowed"):

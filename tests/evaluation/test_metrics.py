@@ -127,6 +127,11 @@ def test_average_precision_as_circo_defines_it():
     assert ranks.average_precision(6)[0] == pytest.approx((1 + 2 / 4 + 3 / 6) / 3)
 
 
+def test_average_precision_counts_targets_that_were_not_scored():
+    ranks = rank_targets(np.array([[0.9, np.nan, 0.1]], dtype=np.float32), np.array([[0, 1]]))
+    assert ranks.average_precision(5)[0] == pytest.approx(0.5)
+
+
 def test_a_target_that_was_not_scored_is_never_a_hit():
     scores = np.full((1, 4), np.nan, dtype=np.float32)
     ranks = rank_targets(scores, np.array([[2]]))

@@ -121,7 +121,7 @@ def test_wrong_configurations(config, change, message):
 
 def test_too_few_triplets_and_a_loss_that_is_no_number(config):
     with pytest.raises(DataError, match="do not fill one batch"):
-        run(replace(config, batch_size=32))
+        build(replace(config, batch_size=32))
     with pytest.raises(DataError, match="the loss is nan"):
         run(replace(config, logit_scale=float("nan")))
 

@@ -21,6 +21,14 @@ def test_by_hand():
     assert rank(scores)[:3] == pytest.approx([1 / 3, 2 / 3, 1])
 
 
+@pytest.mark.parametrize("count", [1, 7, 1710])
+def test_equal_scores_say_nothing(count):
+    scores = np.full((2, count), 0.1, dtype=np.float32)
+    assert (zscore(scores) == 0).all()
+    assert (dbsf(scores) == 0.5).all()
+    assert (minmax(scores) == 1).all()
+
+
 def test_a_lone_hit_does_not_vanish():
     scores = np.array([np.nan, 0.3, np.nan], dtype=np.float32)
     assert minmax(scores)[1] == 1

@@ -69,6 +69,14 @@ def test_a_single_model_ranks_by_its_own_scores():
     assert Single("b", 1)(SCORES)[0].tolist()[:3] == [10, 30, 20]
 
 
+def test_names_are_canonical_and_rules_on_ranks_take_no_normalisation():
+    assert static_fusion("mean").name == "mean@zscore"
+    assert static_fusion("rrf").name == "rrf"
+    for name in ("rrf@zscore", "mean@"):
+        with pytest.raises(ConfigError):
+            static_fusion(name)
+
+
 @pytest.mark.parametrize(("name", "near"), [("combsmu", "combsum"), ("mean@zcore", "zscore")])
 def test_unknown_names_get_the_nearest(name, near):
     with pytest.raises(ConfigError, match=f"did you mean '{near}'"):

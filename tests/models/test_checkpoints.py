@@ -5,6 +5,7 @@ from torch import nn
 
 from dafm_ray.errors import DataError
 from dafm_ray.models.checkpoints import load_strictly, read_checkpoint, weights_digest
+from dafm_ray.models.registry import load_model
 
 
 class Opens:
@@ -81,4 +82,14 @@ def test_digest_is_of_the_bytes(tmp_path):
         (tmp_path / name).write_bytes(data)
     a, b, c = (weights_digest(str(tmp_path / name)) for name in "abc")
     assert a == b != c
-    assert weights_digest("random-tiny") == "random-tiny"
+
+
+def test_a_file_may_be_called_random_something(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"no weights file random_a\.pt"):
+        load_model("clip4cir:sum@random_a.pt")
+
+
+def test_a_package_that_is_not_there():
+    with pytest.raises(DataError, match="no Python package 'no_such_package'"):
+        read_checkpoint("package://no_such_package/x.pt")

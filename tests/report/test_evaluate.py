@@ -88,7 +88,7 @@ def test_the_table_is_the_same_in_every_form(config, tmp_path):
     for row in table.rows:
         shown = f"{row.metrics['R@10']:.2f}"
         assert shown in next(line for line in markdown.splitlines() if f"| {row.name} " in line)
-        assert shown in next(line for line in text.splitlines() if line.startswith(row.name))
+        assert shown in next(line for line in text.splitlines() if line.startswith(f"{row.name},"))
     assert latex.count(r"\\") == len(table.rows) + 1
     assert "protocol cirr, reference masked, 30 queries, gallery of 40 images" in markdown
 
@@ -129,6 +129,37 @@ def test_pictures_are_shown_where_the_data_set_is_at_hand(tmp_path):
     assert len(images) == 3 * (2 + 5 * (2 + 6))
     assert all(image["alt"] and image["src"].startswith("data:image/") for image in images)
     assert sum("(target)" in image["alt"] for image in images) >= 3
+
+
+def test_queries_without_targets_are_not_counted(store, config, tmp_path):
+    dataset = labelled_dataset(40, 30, split="test")
+    half = tuple(replace(q, targets=()) if n % 2 else q for n, q in enumerate(dataset.queries))
+    entries = store.manifest.models
+    other = type(store).create(
+        str(tmp_path / "half"),
+        replace(dataset, queries=half),
+        {"name": "x", "split": ""},
+        entries,
+        store.manifest.grid,
+        "float32",
+    )
+    for name in store.models:
+        for key in store.score_keys(name):
+            other.write(key, store.read(key))
+    found = metrics(replace(config, store=other.uri))
+    assert found["queries"] == 15
+    ranks = pq.read_table(tmp_path / "out" / "ranks.parquet").to_pylist()
+    first = found["systems"][0]
+    mine = [row["rank"] for row in ranks if row["system"] == first["name"]]
+    assert first["metrics"]["R@5"] == pytest.approx(
+        100 * sum(rank is not None and rank <= 5 for rank in mine) / 15, abs=1e-3
+    )
+    assert "15 more have no target" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_two_systems_of_one_name_are_refused(config):
+    with pytest.raises(DataError, match="'mean@zscore' stands twice"):
+        evaluate(replace(config, fusions=("mean", "mean@zscore")))
 
 
 @pytest.mark.parametrize("name", ["men@zscore", "convex"])

@@ -130,6 +130,26 @@ def test_unusable_images_are_listed_and_the_rest_goes_on(config, tmp_path):
     assert np.isfinite(whole(store, "text")[ids.index("q0")]).sum() == 20
 
 
+def test_a_repaired_image_is_used_by_the_next_run(config, tmp_path):
+    whole_store = precompute(replace(config, store=str(tmp_path / "whole"))).store
+    good = (tmp_path / "images" / "000.png").read_bytes()
+    (tmp_path / "images" / "000.png").write_bytes(b"")
+    assert len(precompute(config).failures) == 3
+    (tmp_path / "images" / "000.png").write_bytes(good)
+    mended = precompute(config)
+    assert mended.failures == []
+    assert not (tmp_path / "store" / "quarantine.csv").exists()
+    for name in mended.store.models:
+        assert np.array_equal(whole(mended.store, name), whole(whole_store, name))
+
+
+def test_a_block_of_unusable_images_alone_is_quarantined(config, tmp_path):
+    (tmp_path / "images" / "000.png").write_bytes(b"")
+    outcome = precompute(replace(config, encode_block=1))
+    assert len(outcome.failures) == 3
+    assert outcome.store.missing() == []
+
+
 def test_another_gallery_or_other_weights_are_refused(config, tmp_path):
     precompute(config)
     with pytest.raises(DataError, match="other weights"):

@@ -75,7 +75,7 @@ def test_every_flipped_bit_is_found_at_the_first_open_and_by_verify(store, tmp_p
         flipped = bytearray(honest)
         flipped[rng.integers(len(honest))] ^= 1 << int(rng.integers(8))
         path.write_bytes(flipped)
-        with pytest.raises(DataError, match="damaged; delete it"):
+        with pytest.raises(DataError, match="damaged; run"):
             TileStore(store.uri).read(key)
     assert [problem for _, problem in store.verify() if problem] == ["damaged"]
     path.unlink()
@@ -119,6 +119,54 @@ def test_a_store_of_another_gallery_or_other_queries_is_refused(store, dataset):
 def test_other_weights_under_the_same_name_are_refused(store, dataset):
     with pytest.raises(DataError, match="'a' with other weights"):
         create(store.uri, dataset, a=ModelEntry("test:a@random", "changed"))
+
+
+def test_another_family_or_variant_under_the_same_name_is_refused(store, dataset):
+    with pytest.raises(DataError, match="give the new one another name"):
+        create(store.uri, dataset, a=ModelEntry("test:b@random", "a"))
+    moved = create(store.uri, dataset, a=ModelEntry("test:a@/elsewhere", "a"))
+    assert moved.manifest.models["a"].id == "test:a@random"
+
+
+def test_a_model_that_never_finished_a_block_goes_with_the_next_run(store, dataset):
+    broken = create(store.uri, dataset, a=ENTRY, broken=ModelEntry("test:x@bad.pt", "x"))
+    assert "broken" in broken.models
+    assert create(store.uri, dataset, a=ENTRY).models == ("a", "b")
+
+
+def test_repair_drops_what_is_not_sound(store, tmp_path):
+    flipped, lost = score_key("a", 0, 0), score_key("b", 1, 1)
+    [path] = (tmp_path / "store").glob(f"{flipped}.*.arrow")
+    data = bytearray(path.read_bytes())
+    data[50] ^= 1
+    path.write_bytes(data)
+    next((tmp_path / "store").glob(f"{lost}.*.arrow")).unlink()
+    assert len(store.repair()) == 2
+    assert store.missing() == [flipped, lost]
+    assert all(problem == "" for _, problem in store.verify())
+
+
+def test_a_lost_table_is_written_again(store, dataset, tmp_path):
+    (tmp_path / "store" / "queries.arrow").write_bytes(b"")
+    assert create(store.uri, dataset, a=ENTRY).queries == dataset.queries
+
+
+def test_forgetting_a_block_forgets_the_tiles_made_of_it(store):
+    store.forget("gallery", 1)
+    assert store.missing() == [score_key(m, q, n) for m in "ab" for q in range(4) for n in (0, 1)]
+
+
+def test_strange_files_among_the_records_are_ignored(store, tmp_path):
+    (tmp_path / "store" / "records" / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "store" / "records" / "notes.json").write_bytes(b"x")
+    assert all(problem == "" for _, problem in store.verify())
+    assert store.missing() == []
+
+
+def test_a_damaged_quarantine_is_named(store):
+    store.storage.write("quarantine/gallery-000000.json", memoryview(b"["))
+    with pytest.raises(DataError, match=r"gallery-000000\.json is damaged"):
+        store.failures()
 
 
 def test_a_model_can_be_added_later(store, dataset):
