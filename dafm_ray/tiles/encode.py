@@ -154,7 +154,8 @@ def _decode(unit: Unit, source: ImageSource, store: TileStore) -> Row:
         for id, index in zip(unit.ids, unit.image_index, strict=True)
         if isinstance(reason := images[index], str)
     ]
-    store.quarantine(unit.role, unit.block, failures)
+    if failures:
+        store.quarantine(unit.role, unit.block, failures)
     return {"unit": pickle.dumps(replace(unit, images=images))}
 
 

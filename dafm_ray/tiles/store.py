@@ -104,7 +104,7 @@ class TileStore:
         if _exists(storage, "manifest.json"):
             store = cls(uri)
             store._check_same(dataset)
-            store._restore_tables(_tables(dataset))
+            store._restore_tables(dataset)
             store._set_models(models)
             return store
         gallery, queries = dataset.gallery, dataset.queries
@@ -141,11 +141,13 @@ class TileStore:
                     f"{len(dataset.gallery)} and {len(dataset.queries)}). Choose another folder"
                 )
 
-    def _restore_tables(self, tables: dict[str, pa.Buffer]) -> None:
-        for name, data in tables.items():
-            wanted = self.manifest.tables[name]
-            if self._verify_one(name, wanted)[1] and blocks.checksum(data) == wanted:
-                self.storage.write(name, data)
+    def _restore_tables(self, dataset: Dataset) -> None:
+        """Write damaged or lost tables again, where the data set gives the same bytes."""
+        for name, wanted in self.manifest.tables.items():
+            if self._verify_one(name, wanted)[1]:
+                data = _tables(dataset)[name]
+                if blocks.checksum(data) == wanted:
+                    self.storage.write(name, data)
 
     def _set_models(self, models: dict[str, ModelEntry]) -> None:
         """Add models; those of an earlier run that never finished a block are dropped."""
@@ -289,14 +291,10 @@ class TileStore:
     # Failures
 
     def quarantine(self, role: Role, block: int, failures: Sequence[Failure]) -> None:
-        """List the items of one encode block that could not be used; none clears the list."""
-        path = f"quarantine/{role}-{block:06d}.json"
-        if not failures:
-            self.storage.delete(path)
-            return
+        """List the items of one encode block that could not be used."""
         rows = [{"id": failure.id, "reason": failure.reason} for failure in failures]
         data = json.dumps(rows, ensure_ascii=False, indent=1).encode()
-        self.storage.write(path, pa.py_buffer(data))
+        self.storage.write(_quarantine_path(role, block), pa.py_buffer(data))
 
     def failures(self) -> list[Failure]:
         """All items that could not be used, candidates first."""
@@ -311,7 +309,7 @@ class TileStore:
         return found
 
     def forget(self, role: Role, block: int) -> None:
-        """Drop the records of an encode block and of every tile made of it."""
+        """Drop the records of an encode block, of every tile made of it, and its quarantine."""
         rows = spans(self.size(role), self.manifest.grid.encode_block)[block]
         tiles = self.tile_rows if role == "queries" else self.tile_columns
         touched = {
@@ -326,6 +324,8 @@ class TileStore:
                 stale = (q if role == "queries" else n) in touched
             if stale:
                 self.storage.delete(path)
+        # Last, so that a run stopped in between forgets the block again.
+        self.storage.delete(_quarantine_path(role, block))
         self.finished()
 
     def repair(self) -> list[str]:
@@ -392,6 +392,10 @@ def _parse_record(path: str) -> tuple[str, str]:
     matched = _RECORD.fullmatch(path)
     assert matched is not None
     return matched[1], matched[2]
+
+
+def _quarantine_path(role: Role, block: int) -> str:
+    return f"quarantine/{role}-{block:06d}.json"
 
 
 def _tables(dataset: Dataset) -> dict[str, pa.Buffer]:
