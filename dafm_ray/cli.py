@@ -1,18 +1,20 @@
 """The `dafm` command. Imports torch and Ray only where a command needs them."""
 
 import argparse
+import json
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dafm_ray.config import (
     STATIC_FUSIONS,
+    DatasetConfig,
     EvaluateConfig,
     FinetuneConfig,
     PrecomputeConfig,
     load_config,
 )
-from dafm_ray.errors import DONE, DataError
+from dafm_ray.errors import DONE, ConfigError, DataError, refusals, unknown
 from dafm_ray.job import (
     add_config_arguments,
     evaluate_job,
@@ -51,7 +53,11 @@ def _parser() -> argparse.ArgumentParser:
         add_config_arguments(_add(commands, name, command, text))
 
     evaluate = _add(commands, "evaluate", _evaluate, "metrics, tables and the report of a store")
-    evaluate.add_argument("store", help="folder or URI written by precompute")
+    evaluate.add_argument(
+        "store",
+        nargs="+",
+        help="folder or URI of a store; several, as FashionIQ's categories, give one report",
+    )
     evaluate.add_argument("--out", required=True, help="folder of the results")
     evaluate.add_argument(
         "--fusion",
@@ -61,17 +67,47 @@ def _parser() -> argparse.ArgumentParser:
         help=f"static fusions; default: {' '.join(STATIC_FUSIONS)}",
     )
     evaluate.add_argument(
-        "--tune-on", default="", metavar="STORE", help="queries on which to search convex weights"
+        "--tune-on",
+        nargs="+",
+        default=[],
+        metavar="STORE",
+        help="other queries on which to search convex weights",
     )
     evaluate.add_argument("--cases", type=int, default=12, help="queries shown with pictures")
 
-    tiles = _group(commands, "tiles", "look into a store")
+    data = _group(commands, "data", "data sets")
+    check = _add(data, "check", _data_check, "what is wrong, or odd, about a data set")
+    check.add_argument("name", help="cirr, fashioniq, icons or folder")
+    check.add_argument("--root", default="", metavar="DIR", help="images, which are then decoded")
+    check.add_argument("--annotations", default="", metavar="DIR", help="default: --root")
+    check.add_argument("--images", default="", metavar="SHARDS", help="tar or Parquet shards")
+    check.add_argument("--split", default="", help="default: every split")
+    check.add_argument("--category", default="", help="default: every category")
+    check.add_argument("--json", type=Path, metavar="FILE", help="all findings, for machines")
+    make = _add(data, "make", _data_make, "the icons in the layout of another data set")
+    make.add_argument("layout", help="cirr-like or fashioniq-like")
+    make.add_argument("--from", dest="source", default="icons", help="icons, the only source")
+    make.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+
+    tiles = _group(commands, "tiles", "look into a store, bring scores in and out")
     _add(tiles, "info", _tiles_info, "what is in a store").add_argument("store")
     verify = _add(tiles, "verify", _tiles_verify, "check every checksum")
     verify.add_argument("store")
     verify.add_argument(
         "--repair", action="store_true", help="drop unsound tiles, so that precompute makes them"
     )
+
+    ingest = _add(tiles, "ingest", _tiles_ingest, "scores made elsewhere become a store")
+    ingest.add_argument("scores", help="score folder, or a file of `tiles export`")
+    ingest.add_argument("--out", required=True, metavar="STORE", help="folder or URI of the store")
+    ingest.add_argument(
+        "--dataset", default="", metavar="NAME", help="take queries and gallery from annotations"
+    )
+    for name in ("split", "category", "annotations", "root"):
+        ingest.add_argument(f"--{name}", default="", help="of that data set")
+    export = _add(tiles, "export", _tiles_export, "one Parquet file, a row a query")
+    export.add_argument("store")
+    export.add_argument("--to", required=True, metavar="FILE")
 
     models = _group(commands, "models", "the sub-models")
     _add(models, "list", _models_list, "families that can be loaded")
@@ -119,13 +155,66 @@ def _finetune(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     return evaluate_job(
         EvaluateConfig(
-            store=arguments.store,
+            store=tuple(arguments.store),
             out=arguments.out,
             fusions=tuple(arguments.fusion),
-            tune_on=arguments.tune_on,
+            tune_on=tuple(arguments.tune_on),
             cases=arguments.cases,
         )
     )
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    from dafm_ray.datasets.check import check
+    from dafm_ray.datasets.check_table import to_json, to_text
+
+    keys = ("name", "split", "root", "annotations", "category", "images")
+    found = check(DatasetConfig(**{key: getattr(arguments, key) for key in keys}))
+    print(to_text(found))
+    if arguments.json:
+        with refusals(arguments.json):
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(to_json(found), indent=1) + "\n", "utf-8")
+    return DataError.exit_code if found.changes_metric else DONE
+
+
+def _data_make(arguments: argparse.Namespace) -> int:
+    from dafm_ray.datasets.make import LAYOUTS
+
+    if arguments.layout not in LAYOUTS:
+        raise ConfigError(unknown("layout", arguments.layout, LAYOUTS))
+    if arguments.source != "icons":
+        raise ConfigError(unknown("source", arguments.source, ["icons"]))
+    LAYOUTS[arguments.layout](arguments.out)
+    print(f"{arguments.out}: the icons in the layout of {arguments.layout.removesuffix('-like')}")
+    return DONE
+
+
+def _tiles_ingest(arguments: argparse.Namespace) -> int:
+    from dafm_ray.tiles.ingest import ingest
+
+    named = None
+    if arguments.dataset:
+        keys = ("split", "category", "annotations", "root")
+        named = DatasetConfig(arguments.dataset, **{key: getattr(arguments, key) for key in keys})
+    done = ingest(arguments.scores, arguments.out, named)
+    say(*done.notes)
+    store = done.store
+    print(f"{store.uri}: {store.size('queries')} queries, {store.size('gallery')} candidates")
+    for system in done.coverage:
+        scored = f"{100 * (1 - system.missing):.1f} % of the pairs scored"
+        empty = f", {system.empty_queries} queries without any" if system.empty_queries else ""
+        print(f"{system.model}: {system.dtype}, {scored}{empty}")
+    return DONE
+
+
+def _tiles_export(arguments: argparse.Namespace) -> int:
+    from dafm_ray.tiles.export import export
+    from dafm_ray.tiles.store import TileStore
+
+    export(TileStore(arguments.store), arguments.to)
+    print(arguments.to)
+    return DONE
 
 
 def _tiles_info(arguments: argparse.Namespace) -> int:

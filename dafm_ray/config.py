@@ -25,9 +25,15 @@ class DatasetConfig:
     """What opens a data set.
 
     Attributes:
-        name: `icons` or `folder`.
+        name: `icons`, `cirr`, `fashioniq` or `folder`.
         split: of the data set; a folder has none.
-        root: folder of images and queries; icons need none.
+        root: folder of images (and of annotations, unless they lie elsewhere); icons need none.
+        annotations: folder of captions/ and image_splits/, if it is not `root`.
+        category: `dress`, `shirt` or `toptee` of FashionIQ.
+        gallery: of FashionIQ: the whole split, or only the references and targets of its queries
+            (the "VAL split", easier and not comparable).
+        images: tar (webdataset) or Parquet shards that hold the images instead of plain files:
+            a file, a folder, a pattern as `shards/*.tar`, or a pyarrow filesystem URI of one.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
@@ -35,6 +41,10 @@ class DatasetConfig:
     name: str
     split: str = ""
     root: str = ""
+    annotations: str = ""
+    category: str = ""
+    gallery: Literal["original", "val-split"] = "original"
+    images: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,27 +122,46 @@ class EvaluateConfig:
     """Metrics, tables and the report of a store.
 
     Attributes:
-        store: of the queries to report.
+        store: of the queries to report; several stores of one protocol, as the categories of
+            FashionIQ, are reported together.
         out: folder of the results.
         fusions: names of static fusions.
-        tune_on: store of other queries on which convex weights are searched; empty leaves the
-            convex row out.
+        tune_on: store or stores of other queries on which convex weights are searched; empty
+            leaves the convex row out.
         cases: queries shown with pictures.
         seed: of the bootstrap and of the sample of cases.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
 
-    store: str
+    store: str | tuple[str, ...]
     out: str
     fusions: tuple[str, ...] = STATIC_FUSIONS
-    tune_on: str = ""
+    tune_on: str | tuple[str, ...] = ()
     cases: int = 12
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.cases < 0:
             raise ConfigError("cases must be at least 0")
+        if not self.stores:
+            raise ConfigError("store: name at least one")
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """`store` as a tuple."""
+        return _several(self.store)
+
+    @property
+    def tuning_stores(self) -> tuple[str, ...]:
+        """`tune_on` as a tuple."""
+        return _several(self.tune_on)
+
+
+def _several(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return (given,) if given else ()
+    return given
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ without a traceback and ends with the class's exit code.
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 
 class DafmError(Exception):
@@ -31,6 +32,14 @@ class MachineError(DafmError):
     """The machine refused: disk full, no permission, another writer holds the store."""
 
     exit_code = 5
+
+
+def unknown(what: str, given: str, known: Iterable[str]) -> str:
+    """Message about a name that does not exist: the nearest one and all known ones."""
+    names = list(known)
+    near = get_close_matches(given, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"there is no {what} {given!r}{hint} Known: {', '.join(names)}"
 
 
 DONE = 0

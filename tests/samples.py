@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dafm_ray.config import DatasetConfig
 from dafm_ray.datasets.base import Dataset, Gallery, Query
+from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.tiles.manifest import Grid, ModelEntry
 from dafm_ray.tiles.store import TileStore, score_key
 
@@ -34,6 +36,10 @@ def image_folder(root: Path, images: int = 20, queries: int = 9) -> Path:
     text = "\n".join(json.dumps(line) for line in lines)
     (root / "queries.jsonl").write_text(text, encoding="utf-8")
     return root
+
+
+def open_folder(root: Path | str) -> Dataset:
+    return load_dataset(DatasetConfig("folder", root=str(root)))
 
 
 class NoImages:
@@ -104,6 +110,5 @@ def score_matrix(dataset: Dataset, seed: int, signal: float = 1.0) -> np.ndarray
 
 def icon_store(root: Path) -> TileStore:
     """Random scores over the real icons of the val split."""
-    from dafm_ray.datasets.icons import load_icons
-
-    return score_store(root, load_icons("val"), grid=Grid(64, 512, 2048), signal=3.0)
+    dataset = load_dataset(DatasetConfig("icons", "val"))
+    return score_store(root, dataset, grid=Grid(64, 512, 2048), signal=3.0)

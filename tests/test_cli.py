@@ -69,7 +69,7 @@ def test_a_damaged_store_ends_with_3(tmp_path, capsys):
     ("setting", "code", "message"),
     [
         ("dataset.name=icosn", 2, "did you mean 'icons'"),
-        ("dataset.split=dev", 2, "icons have no split 'dev'"),
+        ("dataset.split=dev", 2, "there is no split of icons 'dev'"),
         ("models.0.id=clip5cir:sum@random", 2, "no model family 'clip5cir'"),
         ("models.0.id=clip4cir:sum@nowhere.pt", 3, "no weights file nowhere.pt"),
         ("encode_blok=2", 2, "did you mean 'encode_block'"),

@@ -6,7 +6,8 @@ Galleries are therefore kept in hash order, and the order of the source is kept 
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -15,6 +16,9 @@ from PIL import Image
 from dafm_ray.errors import DataError
 
 ReferencePolicy = Literal["mask", "keep"]
+
+PROTOCOLS = ("cirr", "fashioniq", "fashioniq-val-split", "folder")
+"""Labels of the evaluation protocols; `evaluation.protocols` says which numbers each has."""
 
 
 class ImageSource(Protocol):
@@ -110,12 +114,29 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """Something about a data set that its user should know.
+
+    Attributes:
+        check: what was looked for, as `duplicate id`.
+        item: the query or image it is about.
+        detail: what is wrong and, where it can be mended, how.
+        changes_metric: whether a number would come out differently once it is mended.
+    """
+
+    check: str
+    item: str
+    detail: str
+    changes_metric: bool = True
+
+
+@dataclass(frozen=True)
 class Dataset:
     """A gallery, queries over it and the protocol that makes their numbers comparable.
 
     Attributes:
-        protocol: name of the evaluation protocol: `cirr` (reference masked, subset recall) or
-            `folder`.
+        protocol: name of the evaluation protocol, a row of `evaluation.protocols`.
+        category: of all its queries, where a data set comes in categories.
 
     Queries are kept in the hash order of (reference, id), so that queries which share a reference
     stand together and it is decoded once.
@@ -131,9 +152,10 @@ class Dataset:
     gallery: Gallery
     queries: tuple[Query, ...]
     source: ImageSource
+    category: str = ""
 
     def __post_init__(self) -> None:
-        where = f"{self.name}:{self.split}"
+        where = " ".join(part for part in (self.name, self.split, self.category) if part)
         if not len(self.gallery) or not self.queries:
             raise DataError(
                 f"{where} has {len(self.gallery)} images and {len(self.queries)} queries; "
@@ -141,21 +163,8 @@ class Dataset:
             )
         ordered = sorted(self.queries, key=lambda q: (hash_key(q.reference), hash_key(q.id)))
         object.__setattr__(self, "queries", tuple(ordered))
-        refuse_duplicates((q.id for q in ordered), f"{where}: query id")
-        known = set(self.gallery.ids)
-        for query in ordered:
-            for what in ("targets", "group"):
-                refuse_duplicates(getattr(query, what), f"{where}: {what} of query {query.id!r}:")
-            unknown = [
-                id
-                for id in (query.reference, *query.targets, *query.excluded, *query.group)
-                if id not in known
-            ]
-            if unknown:
-                raise DataError(
-                    f"{where}: query {query.id!r} names {unknown[0]!r}, which is not in the "
-                    "gallery; add the image or drop the query"
-                )
+        for finding in contradictions(self.gallery.ids, ordered):
+            raise DataError(f"{where}: {finding.detail}")
 
     @property
     def queries_digest(self) -> str:
@@ -163,13 +172,85 @@ class Dataset:
         return digest(repr(query) for query in self.queries)
 
 
-def refuse_duplicates(ids: Iterable[str], what: str) -> None:
+@dataclass(frozen=True)
+class Draft:
+    """What the files of a data set say, before it is known to fit together.
+
+    Attributes:
+        images: (id, locator) in the order of the source.
+        queries: in any order.
+        problems: entries of the files that cannot be understood.
+    """
+
+    name: str
+    split: str
+    protocol: str
+    policy: ReferencePolicy
+    images: tuple[tuple[str, str], ...]
+    queries: tuple[Query, ...]
+    source: ImageSource
+    category: str = ""
+    problems: tuple[Finding, ...] = ()
+
+    def contradictions(self) -> Iterator[Finding]:
+        """Everything that keeps this from being a data set, entry by entry."""
+        yield from self.problems
+        yield from contradictions([id for id, _ in self.images], self.queries)
+
+    def dataset(self) -> Dataset:
+        """The data set.
+
+        Raises:
+            DataError: the first contradiction.
+        """
+        for finding in self.contradictions():
+            raise DataError(finding.detail)
+        return Dataset(
+            name=self.name,
+            split=self.split,
+            protocol=self.protocol,
+            policy=self.policy,
+            gallery=Gallery.from_source(dict(self.images)),
+            queries=self.queries,
+            source=self.source,
+            category=self.category,
+        )
+
+
+def contradictions(images: Sequence[str], queries: Sequence[Query]) -> Iterator[Finding]:
+    """Ids that stand twice, and queries that name images which are not in the gallery."""
+    yield from _repeated(images, "image")
+    yield from _repeated([query.id for query in queries], "query id")
+    known = set(images)
+    for query in queries:
+        for what in ("targets", "group"):
+            yield from _repeated(getattr(query, what), f"{what} of query {query.id!r}:")
+        named = (("reference", [query.reference]), ("target", query.targets))
+        for what, ids in (*named, ("excluded image", query.excluded), ("group", query.group)):
+            for id in ids:
+                if id not in known:
+                    yield Finding(
+                        f"{what} outside the gallery",
+                        query.id,
+                        f"query {query.id!r} names {id!r}, which is not in the gallery; "
+                        "add the image or drop the query",
+                    )
+
+
+def _repeated(ids: Sequence[str], what: str) -> Iterator[Finding]:
+    if len(set(ids)) == len(ids):
+        return
+    for id, count in Counter(ids).items():
+        if count > 1:
+            times = "twice" if count == 2 else f"{count} times"
+            detail = f"{what} {id!r} stands {times}; ids must be unique"
+            yield Finding("duplicate id", id, detail)
+
+
+def refuse_duplicates(ids: Sequence[str], what: str) -> None:
     """DataError that names the first id that stands twice."""
-    seen: set[str] = set()
-    for id in ids:
-        if id in seen:
-            raise DataError(f"{what} {id!r} stands twice; ids must be unique")
-        seen.add(id)
+    for finding in _repeated(ids, what):
+        raise DataError(finding.detail)
 
 
 def exclude_reference(

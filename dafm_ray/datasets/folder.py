@@ -1,59 +1,68 @@
 """Own data: a folder of images and `queries.jsonl`.
 
 One query a line: {"id", "reference", "text" or "captions", "target" or "targets" (optional),
-"group" (optional)}. Images are named by their path relative to the folder. The gallery is every
-image of the folder, or the lines of `gallery.txt`.
+"group" (optional), "category" (optional)}. Images are named by their path relative to the folder,
+or inside their shards. The gallery is every image, or the lines of `gallery.txt`.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dafm_ray.datasets.base import Dataset, Gallery, Query, exclude_reference, refuse_duplicates
-from dafm_ray.datasets.images import Files
+from dafm_ray.config import DatasetConfig
+from dafm_ray.datasets.annotations import is_text, read_queries, read_text, texts
+from dafm_ray.datasets.base import Draft, Query, exclude_reference
+from dafm_ray.datasets.images import SUFFIXES, Files
 from dafm_ray.errors import DataError
 
 QUERIES = "queries.jsonl"
 GALLERY = "gallery.txt"
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _KEYS = frozenset({"id", "reference", "text", "captions", "target", "targets", "group", "category"})
 
 
-def load_folder(root: str) -> Dataset:
-    """Open a folder; the reference is taken out of its own ranking.
+def read_folder(config: DatasetConfig, names: Sequence[str] | None = None) -> Draft:
+    """Read a folder; the reference is taken out of its own ranking.
+
+    Args:
+        config: its root.
+        names: of the images, if they are not plain files below the root.
 
     Raises:
-        DataError: no folder, no queries, or a line that cannot be read (it is named).
+        DataError: no folder or no queries.
     """
-    folder = Path(root)
-    if not root or not folder.is_dir():
-        raise DataError(f"there is no folder {root!r}; set dataset.root to the folder of images")
-    listed = folder / GALLERY
-    if listed.is_file():
-        names = [line for line in _lines(listed) if line.strip()]
-    else:
+    folder = Path(config.root)
+    if not config.root or not folder.is_dir():
+        raise DataError(
+            f"there is no folder {config.root!r}; set dataset.root to the folder of images"
+        )
+    if (folder / GALLERY).is_file():
+        names = [line for line in _lines(folder / GALLERY) if line.strip()]
+    elif names is None:
         names = sorted(
             path.relative_to(folder).as_posix()
             for path in folder.rglob("*")
             if path.suffix.lower() in SUFFIXES and path.is_file()
         )
-    refuse_duplicates(names, f"{listed}: image")
-    unspeakable = [name for name in names if not _is_text(name)]
+    unspeakable = [name for name in names if not is_text(name)]
     if unspeakable:
         raise DataError(f"{folder}: the file name {unspeakable[0]!r} is not UTF-8; rename it")
     file = folder / QUERIES
     if not file.is_file():
         raise DataError(f"{folder} holds no {QUERIES}; write one query a line")
     lines = enumerate(_lines(file), 1)
-    queries = [_query(line, f"{file}:{n}") for n, line in lines if line.strip()]
-    return Dataset(
+    queries, problems = read_queries(
+        ((f"{file}:{n}", line) for n, line in lines if line.strip()), _query
+    )
+    return Draft(
         name="folder",
         split=folder.name,
         protocol="folder",
         policy="mask",
-        gallery=Gallery.from_source({name: name for name in names}),
-        queries=tuple(queries),
+        images=tuple((name, name) for name in names),
+        queries=queries,
         source=Files(str(folder.resolve())),
+        problems=problems,
     )
 
 
@@ -67,8 +76,6 @@ def _query(line: str, where: str) -> Query:
     unknown = sorted(values.keys() - _KEYS)
     if unknown:
         raise DataError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}")
-    if not _is_text(line) or not _is_text(json.dumps(values, ensure_ascii=False)):
-        raise DataError(f"{where} holds characters that are not Unicode text")
     captions = _texts(values, "captions", "text", where)
     if not captions or not any(caption.strip() for caption in captions):
         raise DataError(f"{where}: 'text' is missing or empty")
@@ -95,24 +102,8 @@ def _texts(values: dict[str, Any], many: str, one: str, where: str) -> tuple[str
     found = values.get(many, values.get(one))
     if found is None:
         return ()
-    texts = [found] if isinstance(found, str) else found
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{where}: {many!r} must be a list of strings")
-    return tuple(texts)
+    return texts([found] if isinstance(found, str) else found, many, where)
 
 
 def _lines(file: Path) -> list[str]:
-    """Lines of a UTF-8 file, with or without a byte order mark."""
-    try:
-        return file.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 (byte {error.start}); convert it") from None
-
-
-def _is_text(text: str) -> bool:
-    """Whether a string can be written as UTF-8; names of odd files and lone surrogates cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return read_text(file).replace("\r\n", "\n").split("\n")

@@ -23,9 +23,10 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dafm_ray.datasets.base import Dataset, Gallery, Query, exclude_reference
+from dafm_ray.config import DatasetConfig
+from dafm_ray.datasets.base import Draft, Query, exclude_reference
 from dafm_ray.datasets.images import ImageError
-from dafm_ray.errors import ConfigError
+from dafm_ray.errors import ConfigError, unknown
 
 SPLITS = ("train", "val", "test")
 CANVAS, GLYPH = 64, 56
@@ -74,14 +75,15 @@ class IconSource:
         return _draw(locator)
 
 
-def load_icons(split: str) -> Dataset:
+def read_icons(config: DatasetConfig) -> Draft:
     """The icons of one split: `train`, `val` or `test`.
 
     Raises:
         ConfigError: no such split.
     """
+    split = config.split
     if split not in SPLITS:
-        raise ConfigError(f"icons have no split {split!r}; choose one of {', '.join(SPLITS)}")
+        raise ConfigError(unknown("split of icons", split, SPLITS))
     concepts = {c: names for c, names in _concepts().items() if _split_of(c) == split}
     names = sorted(name for members in concepts.values() for name in members)
     pixels = {name: _draw(name).tobytes() for name in names}
@@ -91,12 +93,12 @@ def load_icons(split: str) -> Dataset:
     queries: list[Query] = []
     for concept, members in concepts.items():
         queries.extend(_queries(concept, members, pixels, twins))
-    return Dataset(
+    return Draft(
         name="icons",
         split=split,
         protocol="cirr",
         policy="mask",
-        gallery=Gallery.from_source({name: name for name in names}),
+        images=tuple((name, name) for name in names),
         queries=tuple(queries),
         source=IconSource(),
     )

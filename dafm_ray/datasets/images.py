@@ -8,11 +8,15 @@ orientation is applied; 16-bit greyscale is scaled to 8 bits.
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dafm_ray.errors import DataError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+"""File names that are taken for images."""
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused as decompression bombs before a pixel is decoded."""
@@ -48,9 +52,56 @@ def decode(data: bytes) -> Image.Image:
     return _to_eight_bits(image) if image.mode.startswith("I") else image
 
 
+def oddities(data: bytes) -> tuple[str, ...]:
+    """What decoding does to an image beyond reading it, as `CMYK: converted to RGB`.
+
+    Args:
+        data: an image file that `decode` accepts.
+    """
+    with Image.open(io.BytesIO(data)) as opened:
+        found = [text for mode, text in _ODD_MODES.items() if opened.mode == mode]
+        if opened.mode.startswith("I"):
+            found.append("16 bits a pixel: scaled to 8")
+        frames = getattr(opened, "n_frames", 1)
+        if frames > 1:
+            found.append(f"{frames} frames: the first is used")
+        orientation = opened.getexif().get(_ORIENTATION, 1)
+        if orientation in range(2, 9):
+            found.append(f"EXIF orientation {orientation}: applied")
+    return tuple(found)
+
+
+_ORIENTATION = 0x0112
+_ODD_MODES = {
+    "CMYK": "CMYK: converted to RGB by the model",
+    "P": "palette: converted to RGB by the model",
+}
+
+
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image).astype(np.int64)
     return Image.fromarray((pixels.clip(0, 65535) >> 8).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class NoImages:
+    """The source of a data set whose images are not at hand."""
+
+    def open(self, locator: str) -> Image.Image:
+        """There is nothing to open."""
+        raise ImageError("the images are not at hand")
+
+
+class StoredImages(Protocol):
+    """An `ImageSource` of encoded files."""
+
+    def read(self, locator: str) -> bytes:
+        """Bytes of one image file.
+
+        Raises:
+            ImageError: it is missing or cannot be read.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,15 +111,20 @@ class Files:
     root: str
 
     def open(self, locator: str) -> Image.Image:
-        """Read and decode one file; a path that leaves the folder is refused."""
+        """Read and decode one file."""
+        return decode(self.read(locator))
+
+    def read(self, locator: str) -> bytes:
+        """Read one file; a path that leaves the folder is refused."""
         root = Path(self.root).resolve()
-        path = (root / locator).resolve()
-        if not path.is_relative_to(root):
-            raise ImageError(f"the path {locator!r} leaves {self.root}")
         try:
-            data = path.read_bytes()
+            path = (root / locator).resolve()
+            if not path.is_relative_to(root):
+                raise ImageError(f"the path {locator!r} leaves {self.root}")
+            return path.read_bytes()
         except FileNotFoundError:
             raise ImageError("the file is missing") from None
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror}") from None
-        return decode(data)
+        except ValueError as error:
+            raise ImageError(f"{locator!r} is not a path: {error}") from None

@@ -1,30 +1,117 @@
 """Opening a data set by name. A new one is a file and a row here."""
 
 from collections.abc import Callable
-from difflib import get_close_matches
+from dataclasses import dataclass, field, fields
+from pathlib import Path, PurePosixPath
 
 from dafm_ray.config import DatasetConfig
-from dafm_ray.datasets.base import Dataset
-from dafm_ray.datasets.folder import load_folder
-from dafm_ray.datasets.icons import load_icons
-from dafm_ray.errors import ConfigError
+from dafm_ray.datasets.base import Dataset, Draft
+from dafm_ray.datasets.cirr import PUBLISHED as CIRR_SIZES
+from dafm_ray.datasets.cirr import SPLITS as CIRR_SPLITS
+from dafm_ray.datasets.cirr import read_cirr
+from dafm_ray.datasets.fashioniq import CATEGORIES, read_fashioniq
+from dafm_ray.datasets.fashioniq import PUBLISHED as FASHIONIQ_SIZES
+from dafm_ray.datasets.fashioniq import SPLITS as FASHIONIQ_SPLITS
+from dafm_ray.datasets.folder import read_folder
+from dafm_ray.datasets.icons import SPLITS as ICON_SPLITS
+from dafm_ray.datasets.icons import read_icons
+from dafm_ray.datasets.images import Files
+from dafm_ray.datasets.shards import open_shards, stored_in
+from dafm_ray.errors import ConfigError, DataError, unknown
 
-DATASETS: dict[str, Callable[[DatasetConfig], Dataset]] = {
-    "icons": lambda config: load_icons(config.split),
-    "folder": lambda config: load_folder(config.root),
+
+@dataclass(frozen=True)
+class Entry:
+    """How a data set is read.
+
+    Attributes:
+        read: its reader.
+        keys: fields of the configuration it understands beside its name.
+        splits: its splits.
+        categories: its categories.
+        published: (split, category) -> images and queries as its authors count them.
+    """
+
+    read: Callable[[DatasetConfig], Draft]
+    keys: frozenset[str]
+    splits: tuple[str, ...] = ("",)
+    categories: tuple[str, ...] = ("",)
+    published: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+
+
+_PLACES = frozenset({"root", "images"})
+
+DATASETS = {
+    "icons": Entry(read_icons, frozenset({"split"}), ICON_SPLITS),
+    "cirr": Entry(read_cirr, _PLACES | {"split", "annotations"}, CIRR_SPLITS, published=CIRR_SIZES),
+    "fashioniq": Entry(
+        read_fashioniq,
+        _PLACES | {"split", "annotations", "category", "gallery"},
+        FASHIONIQ_SPLITS,
+        CATEGORIES,
+        FASHIONIQ_SIZES,
+    ),
+    "folder": Entry(read_folder, _PLACES),
 }
 
 
 def load_dataset(config: DatasetConfig) -> Dataset:
-    """Open a data set.
+    """Open a data set with its images.
+
+    Raises:
+        ConfigError: no such data set, split or category; names the nearest.
+        DataError: its files or its images are missing, or do not fit together.
+    """
+    draft = read_dataset(config)
+    missing = missing_folder(draft)
+    if missing is not None:
+        raise DataError(f"the image folder {missing} is missing; set dataset.root to its parent")
+    return draft.dataset()
+
+
+def read_dataset(config: DatasetConfig) -> Draft:
+    """Read the files of a data set; its images need not be there.
+
+    Raises:
+        ConfigError: no such data set, or a key that says nothing about it.
+        DataError: a file is missing or is not what it should be.
+    """
+    entry = dataset_entry(config.name)
+    for key in fields(config):
+        given = getattr(config, key.name) != key.default
+        if key.name != "name" and given and key.name not in entry.keys:
+            raise ConfigError(f"dataset.{key.name} says nothing about {config.name}; leave it out")
+    if not config.images:
+        return entry.read(config)
+    source, places = open_shards(config.images)
+    if config.name == "folder":
+        return stored_in(read_folder(config, list(places)), source, places)
+    return stored_in(entry.read(config), source, places)
+
+
+def dataset_entry(name: str) -> Entry:
+    """The row of a data set.
 
     Raises:
         ConfigError: no such data set; names the nearest.
-        DataError: its files are missing or do not fit together.
     """
-    if config.name not in DATASETS:
-        near = get_close_matches(config.name, DATASETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        known = ", ".join(DATASETS)
-        raise ConfigError(f"there is no data set {config.name!r}{hint} Known: {known}")
-    return DATASETS[config.name](config)
+    if name not in DATASETS:
+        raise ConfigError(unknown("data set", name, DATASETS))
+    return DATASETS[name]
+
+
+def missing_folder(draft: Draft) -> Path | None:
+    """The folder that should hold the images, if none of them has its folder.
+
+    Raises:
+        ConfigError: no root is named.
+    """
+    if not isinstance(draft.source, Files):
+        return None
+    if not draft.source.root:
+        raise ConfigError("set dataset.root to the folder of images")
+    root = Path(draft.source.root)
+    folders = sorted({str(PurePosixPath(locator).parent) for _, locator in draft.images})
+    if not folders or any((root / folder).is_dir() for folder in folders):
+        return None
+    return root / folders[0]

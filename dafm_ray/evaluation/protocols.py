@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dafm_ray.errors import ConfigError
+from dafm_ray.errors import ConfigError, unknown
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,12 @@ class Protocol:
         return recalls + tuple(f"Rsubset@{k}" for k in self.subset_recalls)
 
 
+_FASHIONIQ = Protocol((10, 50), mean_of=("R@10", "R@50"), macro=True)
+
 PROTOCOLS = {
     "cirr": Protocol((1, 5, 10, 50), (1, 2, 3), mean_of=("R@5", "Rsubset@1")),
+    "fashioniq": _FASHIONIQ,
+    "fashioniq-val-split": _FASHIONIQ,
     "folder": Protocol((1, 5, 10, 50), (1, 2, 3), average_precisions=(5, 10, 25, 50)),
 }
 
@@ -46,5 +50,5 @@ def protocol(name: str) -> Protocol:
         ConfigError: no such protocol.
     """
     if name not in PROTOCOLS:
-        raise ConfigError(f"there is no protocol {name!r}; known: {', '.join(PROTOCOLS)}")
+        raise ConfigError(unknown("protocol", name, PROTOCOLS))
     return PROTOCOLS[name]

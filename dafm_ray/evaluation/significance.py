@@ -49,21 +49,34 @@ class Bootstrap:
         labels = [group or f"\0{n}" for n, group in enumerate(groups)]
         _, self._group_of = np.unique(labels, return_inverse=True)
         count = int(self._group_of.max()) + 1
-        self._sizes = np.bincount(self._group_of, minlength=count).astype(np.float64)
         rng = np.random.default_rng(seed)
-        draws = rng.integers(0, count, size=(RESAMPLES, count))
-        self._weights = np.stack([np.bincount(row, minlength=count) for row in draws])
+        drawn = rng.integers(0, count, size=(RESAMPLES, count))
+        self._draws = np.stack([np.bincount(row, minlength=count) for row in drawn])
 
-    def interval(self, values_Q: Floats) -> tuple[float, float]:
-        """95 % percentile interval of the mean of per-query values, in percent points."""
-        sums_G = np.bincount(self._group_of, weights=values_Q, minlength=len(self._sizes))
-        means = (self._weights @ sums_G) / (self._weights @ self._sizes)
-        low, high = np.percentile(100 * means, [2.5, 97.5])
+    def interval(self, values_Q: Floats, weights_Q: Floats | None = None) -> tuple[float, float]:
+        """95 % percentile interval of a mean, in percent points.
+
+        Args:
+            values_Q: per query; NaN where a query does not count.
+            weights_Q: of the queries in the mean; equal by default.
+        """
+        weights = np.ones(len(values_Q)) if weights_Q is None else weights_Q
+        counted = np.where(np.isnan(values_Q), 0.0, weights)
+        sums_G = self._by_group(counted * np.nan_to_num(values_Q))
+        draws = self._draws @ np.stack([sums_G, self._by_group(counted)], axis=1)
+        means = draws[:, 0] / np.where(draws[:, 1] > 0, draws[:, 1], np.nan)
+        low, high = np.nanpercentile(100 * means, [2.5, 97.5])
         return round(float(low), 3), round(float(high), 3)
 
+    def _by_group(self, values_Q: Floats) -> Floats:
+        groups = self._draws.shape[1]
+        return np.bincount(self._group_of, weights=values_Q, minlength=groups).astype(np.float64)
 
-def compare(hits_Q: Ints, other_Q: Ints, metric: str, bootstrap: Bootstrap) -> Paired:
-    """Compare two systems' hits query by query."""
+
+def compare(
+    hits_Q: Ints, other_Q: Ints, metric: str, bootstrap: Bootstrap, weights_Q: Floats | None = None
+) -> Paired:
+    """Compare two systems' hits query by query; weights as in `Bootstrap.interval`."""
     difference_Q = (hits_Q - other_Q).astype(np.float64)
     win, loss = int((difference_Q > 0).sum()), int((difference_Q < 0).sum())
     return Paired(
@@ -71,8 +84,8 @@ def compare(hits_Q: Ints, other_Q: Ints, metric: str, bootstrap: Bootstrap) -> P
         win=win,
         tie=len(hits_Q) - win - loss,
         loss=loss,
-        diff=round(float(100 * difference_Q.mean()), 3),
-        ci95=bootstrap.interval(difference_Q),
+        diff=round(float(100 * np.average(difference_Q, weights=weights_Q)), 3),
+        ci95=bootstrap.interval(difference_Q, weights_Q),
         p=_randomisation(win, loss),
     )
 

@@ -1,5 +1,6 @@
 """A system's ranks under a protocol: per-query values, hits, percents."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +31,17 @@ class SystemRanks:
         subset = self.subset.select(queries) if self.subset is not None else None
         return SystemRanks(self.name, self.kind, self.ranks.select(queries), subset)
 
+    @staticmethod
+    def concatenate(parts: Sequence["SystemRanks"]) -> "SystemRanks":
+        """Join the ranks of one system over several sets of queries."""
+        subsets = [part.subset for part in parts if part.subset is not None]
+        return SystemRanks(
+            parts[0].name,
+            parts[0].kind,
+            TargetRanks.concatenate([part.ranks for part in parts]),
+            TargetRanks.concatenate(subsets) if len(subsets) == len(parts) else None,
+        )
+
 
 class Summary:
     """The numbers of one system.
@@ -38,37 +50,56 @@ class Summary:
         system: its ranks.
         protocol: which numbers.
         categories: (Q,) category of each query, used by macro protocols.
+
+    Attributes:
+        weights: (Q,) weight of each query in a mean: one, or what gives every category the same.
     """
 
-    def __init__(self, system: SystemRanks, protocol: Protocol, categories: list[str]) -> None:
+    def __init__(self, system: SystemRanks, protocol: Protocol, categories: Sequence[str]) -> None:
         self.system = system
         self.protocol = protocol
-        self._categories = np.array(categories)
+        self.weights = np.ones(len(categories))
+        names, category_of = np.unique(np.array(categories, dtype=object), return_inverse=True)
+        self._queries_of = {name: np.flatnonzero(category_of == n) for n, name in enumerate(names)}
+        if protocol.macro:
+            self.weights = 1 / np.bincount(category_of)[category_of]
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Hit columns this system has; a macro protocol has those of each category first."""
+        kept = self.protocol.columns
+        if self.system.subset is None:
+            kept = tuple(column for column in kept if not column.startswith("Rsubset"))
+        if not self.protocol.macro or len(self._queries_of) == 1:
+            return kept
+        return (*(f"{name} {column}" for name in self._queries_of for column in kept), *kept)
 
     def ranks_and_k(self, column: str) -> tuple[TargetRanks, int]:
-        """`R@10` -> (gallery ranks, 10); `Rsubset@2` -> (subset ranks, 2)."""
-        name, _, k = column.partition("@")
+        """`R@10` -> (gallery ranks, 10); `Rsubset@2` -> (subset ranks, 2); `dress R@10`: of its
+        queries alone.
+        """
+        category, _, total = column.rpartition(" ")
+        name, _, k = total.partition("@")
         ranks = self.system.subset if name == "Rsubset" else self.system.ranks
         assert ranks is not None
-        return ranks, int(k)
+        return ranks.select(self._queries_of[category]) if category else ranks, int(k)
 
     def hits(self, column: str) -> Ints:
-        """(Q,) 1 where the query is a hit, ties in stored order."""
+        """1 for each query of the column that is a hit, ties in stored order."""
         ranks, k = self.ranks_and_k(column)
         return (ranks.stored <= k).astype(np.int64)
 
     @cached_property
-    def columns(self) -> tuple[str, ...]:
-        """Hit columns this system has."""
-        kept = self.protocol.columns
-        if self.system.subset is None:
-            kept = tuple(column for column in kept if not column.startswith("Rsubset"))
-        return kept
-
-    @cached_property
     def values(self) -> dict[str, Floats]:
-        """Metric -> (Q,) per-query values whose mean is the metric / 100."""
-        found = {column: self.hits(column).astype(np.float64) for column in self.columns}
+        """Metric -> (Q,) per-query values whose weighted mean is the metric / 100; NaN where a
+        query is not of the column's category.
+        """
+        found: dict[str, Floats] = {}
+        for column in self.columns:
+            category = column.rpartition(" ")[0]
+            values = np.full(len(self.weights), np.nan)
+            values[self._queries_of[category] if category else slice(None)] = self.hits(column)
+            found[column] = values
         for k in self.protocol.average_precisions:
             found[f"mAP@{k}"] = self.system.ranks.average_precision(k)
         if self.protocol.mean_of and all(c in found for c in self.protocol.mean_of):
@@ -76,12 +107,9 @@ class Summary:
         return found
 
     def percent(self, metric: str) -> float:
-        """The metric in percent, averaged over categories first if the protocol says so."""
-        values = self.values[metric]
-        if not self.protocol.macro:
-            return float(100 * values.mean())
-        kinds = np.unique(self._categories)
-        return float(100 * np.mean([values[self._categories == kind].mean() for kind in kinds]))
+        """The metric in percent; under a macro protocol the mean over categories."""
+        counted = ~np.isnan(self.values[metric])
+        return float(100 * np.average(self.values[metric][counted], weights=self.weights[counted]))
 
     def total_hits(self) -> dict[str, dict[str, int | float]]:
         """Hit counts by luck: stored order, best, worst, expected under random ties."""

@@ -26,16 +26,18 @@ MEMORY_SCORES = 250_000_000
 """Scores held at most; a larger store is searched on the first queries, in hash order, that fit."""
 
 
-def search_convex(store: TileStore) -> Convex:
-    """Search weights on the queries of a store.
+def search_convex(*stores: TileStore) -> Convex:
+    """Search weights on the queries of one store or of several with the same models.
 
     Raises:
         DataError: no query has a target.
     """
-    models = store.models
-    normalised = _load(store)
+    models = stores[0].models
+    room = MEMORY_SCORES // len(stores)
+    normalised = [part for store in stores for part in _load(store, room)]
     if not normalised:
-        raise DataError(f"{store.uri}: no query has a target, so no weights can be searched")
+        uris = ", ".join(store.uri for store in stores)
+        raise DataError(f"{uris}: no query has a target, so no weights can be searched")
 
     seen: dict[tuple[float, ...], float] = {}
 
@@ -47,13 +49,12 @@ def search_convex(store: TileStore) -> Convex:
 
     best = min((_climb(start, cost) for start in _starts(len(models))), key=lambda found: found[1])
     weights = {name: float(w) for name, w in zip(models, np.round(best[0], 4), strict=True)}
-    return Convex(weights, f"{store.manifest.dataset['name']}:{store.manifest.dataset['split']}")
+    return Convex(weights, " + ".join(store.manifest.title for store in stores))
 
 
-def _load(store: TileStore) -> list[tuple[Scores, Ints]]:
+def _load(store: TileStore, room: int) -> list[tuple[Scores, Ints]]:
     """(z-scores (M, B, N), target columns (B, T)) of queries with targets."""
     parts: list[tuple[Scores, Ints]] = []
-    room = MEMORY_SCORES
     for chunk in masked_scores(store):
         queries = store.queries[chunk.rows.start : chunk.rows.stop]
         kept = [b for b, query in enumerate(queries) if query.targets]

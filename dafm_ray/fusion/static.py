@@ -4,13 +4,12 @@ Sources: CombSUM and CombMNZ (Fox and Shaw, TREC-2, 1994); RRF (Cormack et al., 
 Borda count (Aslam and Montague, SIGIR 2001). A model that did not score a candidate adds nothing.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import numpy as np
 
-from dafm_ray.errors import ConfigError
+from dafm_ray.errors import ConfigError, unknown
 from dafm_ray.evaluation.metrics import Scores
 from dafm_ray.fusion.base import Fusion
 from dafm_ray.fusion.normalise import NORMALISATIONS, rank, ranks_of
@@ -123,7 +122,7 @@ def static_fusion(name: str) -> Fusion:
     """
     rule, at, normalisation = name.partition("@")
     if rule not in _RULES:
-        raise ConfigError(_unknown(name, rule, _RULES))
+        raise ConfigError(unknown("fusion", rule, _RULES))
     combine, default = _RULES[rule]
     if not default:
         if at:
@@ -131,12 +130,5 @@ def static_fusion(name: str) -> Fusion:
         return Static(rule, "none", combine)
     chosen = normalisation if at else default
     if chosen not in NORMALISATIONS:
-        raise ConfigError(_unknown(name, chosen, NORMALISATIONS))
+        raise ConfigError(f"{name!r}: {unknown('normalisation', chosen, NORMALISATIONS)}")
     return Static(f"{rule}@{chosen}", chosen, combine)
-
-
-def _unknown(name: str, word: str, known: Iterable[str]) -> str:
-    names = list(known)
-    near = get_close_matches(word, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"there is no fusion {name!r}: unknown {word!r}{hint} Known: {', '.join(names)}"

@@ -5,10 +5,9 @@ as `myfamily = "mypackage.module:MyModel"`.
 """
 
 import importlib
-from difflib import get_close_matches
 from importlib.metadata import entry_points
 
-from dafm_ray.errors import ConfigError
+from dafm_ray.errors import ConfigError, unknown
 from dafm_ray.models.base import FrozenModel, ModelId
 
 ENTRY_POINTS = "dafm_ray.models"
@@ -33,9 +32,7 @@ def family(name: str) -> type[FrozenModel]:
     """
     known = families()
     if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"there is no model family {name!r}{hint} Known: {', '.join(known)}")
+        raise ConfigError(unknown("model family", name, known))
     module, _, attribute = known[name].partition(":")
     loaded: type[FrozenModel] = getattr(importlib.import_module(module), attribute)
     return loaded

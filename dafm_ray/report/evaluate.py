@@ -1,6 +1,7 @@
 """The evaluate job: rank every system, write metrics, tables and the report."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,45 +43,48 @@ class Evaluation:
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Evaluate all sub-models and fusions of a store.
+    """Evaluate all sub-models and fusions of a store, or of several stores together.
 
     Writes `metrics.json`, `table.md`, `table.csv`, `table.tex`, `ranks.parquet`, `report.html`
     and the resolved `config.yaml` to `config.out`.
 
     Raises:
         ConfigError: an unknown fusion.
-        DataError: the store is incomplete or damaged, or its queries have no targets.
+        DataError: a store is incomplete or damaged, its queries have no targets, or the stores do
+            not belong together.
         MachineError: the output folder cannot be written.
     """
     systems_named = [static_fusion(name) for name in config.fusions]
-    store = TileStore(config.store)
-    _refuse_incomplete(store)
-    labelled = np.flatnonzero([bool(query.targets) for query in store.queries])
+    stores = [TileStore(uri) for uri in config.stores]
+    for store in stores:
+        _refuse_incomplete(store)
+    _refuse_unlike(stores)
+    queries = [query for store in stores for query in store.queries]
+    labelled = np.flatnonzero([bool(query.targets) for query in queries])
     if not len(labelled):
-        raise DataError(f"{config.store}: no query has a target, so there is nothing to count")
-    systems: list[Fusion] = [*singles(store), *systems_named]
-    if config.tune_on:
-        systems.append(_convex(store, TileStore(config.tune_on)))
-    refuse_duplicates((system.name for system in systems), "system")
-    rules = protocol(store.manifest.protocol)
-    with progress("evaluate", len(store.queries), unit="query") as shown:
-        ranked = rank_systems(store, systems, rules, shown)
-    counted = [store.queries[q] for q in labelled]
+        uris = ", ".join(store.uri for store in stores)
+        raise DataError(f"{uris}: no query has a target, so there is nothing to count")
+    systems: list[Fusion] = [*singles(stores[0]), *systems_named]
+    if config.tuning_stores:
+        systems.append(_convex(stores, [TileStore(uri) for uri in config.tuning_stores]))
+    refuse_duplicates([system.name for system in systems], "system")
+    rules = protocol(stores[0].manifest.protocol)
+    with progress("evaluate", len(queries), unit="query") as shown:
+        parts = [rank_systems(store, systems, rules, shown) for store in stores]
+    ranked = [SystemRanks.concatenate(same) for same in zip(*parts, strict=True)]
+    counted = [queries[q] for q in labelled]
     categories = [query.category for query in counted]
     summaries = [Summary(system.select(labelled), rules, categories) for system in ranked]
-    table = _table(store.manifest, counted, summaries, config.seed)
-    failures = store.failures()
-    drawn = case_studies.sample_cases(
-        store, systems, {s.name: _ranks(s) for s in ranked}, config.cases, config.seed
-    )
-    page = render(
-        table, store.manifest, drawn, _pictures(store, drawn), failures, _notes(table, systems)
-    )
+    manifests = [store.manifest for store in stores]
+    table = _table(manifests, counted, summaries, config.seed)
+    failures = [failure for store in stores for failure in store.failures()]
+    cases, pictures = _cases(stores, systems, parts, config)
+    page = render(table, manifests, cases, pictures, failures, _notes(table, systems))
     out = Path(config.out)
     with refusals(out):
         out.mkdir(parents=True, exist_ok=True)
         files = {
-            "metrics.json": json.dumps(_metrics(store.manifest, table, config), indent=1) + "\n",
+            "metrics.json": json.dumps(_metrics(manifests, table, config), indent=1) + "\n",
             "table.md": to_markdown(table),
             "table.csv": to_csv(table),
             "table.tex": to_latex(table),
@@ -89,7 +93,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         }
         for name, text in files.items():
             (out / name).write_text(text, encoding="utf-8")
-        pq.write_table(_ranks_table(store, ranked), out / "ranks.parquet")
+        pq.write_table(_ranks_table(queries, ranked), out / "ranks.parquet")
     return Evaluation(table, out / "report.html", len(failures))
 
 
@@ -102,28 +106,68 @@ def _refuse_incomplete(store: TileStore) -> None:
         )
 
 
-def _convex(store: TileStore, other: TileStore) -> Convex:
-    _refuse_incomplete(other)
+def _refuse_unlike(stores: Sequence[TileStore]) -> None:
+    """DataError unless the stores hold different queries of one protocol under the same models."""
+    first = stores[0]
+    for store in stores[1:]:
+        _refuse_other_models(first, store, "reported together")
+        if store.manifest.protocol != first.manifest.protocol:
+            raise DataError(
+                f"{first.uri} has protocol {first.manifest.protocol}, {store.uri} has "
+                f"{store.manifest.protocol}; one number means one protocol"
+            )
+    refuse_duplicates([query.id for store in stores for query in store.queries], "query")
+
+
+def _refuse_other_models(store: TileStore, other: TileStore, what: str) -> None:
     if other.models != store.models:
         raise DataError(
             f"{other.uri} holds the models {', '.join(other.models)}, {store.uri} holds "
-            f"{', '.join(store.models)}; weights can only be searched on the same models"
+            f"{', '.join(store.models)}; only the same models can be {what}"
         )
     for name in store.models:
-        mine, theirs = store.manifest.models[name], other.manifest.models[name]
-        if mine.weights_digest != theirs.weights_digest:
+        if not store.manifest.models[name].may_equal(other.manifest.models[name]):
             raise DataError(f"model {name} has other weights in {other.uri} than in {store.uri}")
-    shared = {query.id for query in store.queries} & {query.id for query in other.queries}
-    if shared and store.manifest.gallery_digest == other.manifest.gallery_digest:
-        raise DataError(
-            f"{other.uri} holds queries of {store.uri} ({len(shared)} of them); weights searched "
-            "on the queries they are reported on would be a leak"
-        )
-    return search_convex(other)
+
+
+def _convex(stores: Sequence[TileStore], others: Sequence[TileStore]) -> Convex:
+    for other in others:
+        _refuse_incomplete(other)
+        _refuse_other_models(stores[0], other, "searched for weights")
+        theirs = {query.id for query in other.queries}
+        for store in stores:
+            shared = theirs & {query.id for query in store.queries}
+            if shared and store.manifest.gallery_digest == other.manifest.gallery_digest:
+                raise DataError(
+                    f"{other.uri} holds queries of {store.uri} ({len(shared)} of them); weights "
+                    "searched on the queries they are reported on would be a leak"
+                )
+    return search_convex(*others)
+
+
+def _cases(
+    stores: Sequence[TileStore],
+    systems: Sequence[Fusion],
+    parts: Sequence[Sequence[SystemRanks]],
+    config: EvaluateConfig,
+) -> tuple[list[case_studies.Case], dict[str, str]]:
+    """Cases of every store in turn, and their pictures."""
+    cases: list[case_studies.Case] = []
+    pictures: dict[str, str] = {}
+    for n, (store, ranked) in enumerate(zip(stores, parts, strict=True)):
+        count = (config.cases + n) // len(stores)
+        ranks = {system.name: _ranks(system) for system in ranked}
+        drawn = case_studies.sample_cases(store, systems, ranks, count, config.seed)
+        cases.extend(drawn)
+        pictures |= _pictures(store, drawn)
+    return cases, pictures
 
 
 def _table(
-    manifest: Manifest, queries: Sequence[Query], summaries: Sequence[Summary], seed: int
+    manifests: Sequence[Manifest],
+    queries: Sequence[Query],
+    summaries: Sequence[Summary],
+    seed: int,
 ) -> Table:
     bootstrap = Bootstrap([query.fold_group for query in queries], seed)
     alone = [summary for summary in summaries if summary.system.kind == "single"]
@@ -139,30 +183,50 @@ def _table(
                 kind=summary.system.kind,
                 queries=len(queries),
                 metrics={m: round(summary.percent(m), 4) for m in summary.values},
-                ci95={m: bootstrap.interval(v) for m, v in summary.values.items()},
+                ci95={m: bootstrap.interval(v, summary.weights) for m, v in summary.values.items()},
                 hits=luck["hits"],
                 hits_best=luck["hits_best"],
                 hits_worst=luck["hits_worst"],
                 hits_expected=luck["hits_expected"],
                 vs={
                     other.system.name: compare(
-                        summary.hits(HEADLINE), other.hits(HEADLINE), HEADLINE, bootstrap
+                        summary.hits(HEADLINE),
+                        other.hits(HEADLINE),
+                        HEADLINE,
+                        bootstrap,
+                        summary.weights,
                     )
                     for other in against
                     if other is not summary
                 },
             )
         )
-    spec = manifest.dataset
-    name = " ".join(part for part in (spec["name"], spec["split"], spec.get("root")) if part)
-    policy = "masked" if manifest.policy == "mask" else "kept"
-    unlabelled = manifest.queries_size - len(queries)
-    caption = (
-        f"{name}, protocol {manifest.protocol}, reference {policy}, {len(queries):,} queries"
-        f"{f' ({unlabelled:,} more have no target)' if unlabelled else ''}, gallery of "
-        f"{manifest.gallery_size:,} images."
+    return Table(_caption(manifests, queries), manifests[0].protocol, tuple(rows), best.system.name)
+
+
+def _caption(manifests: Sequence[Manifest], queries: Sequence[Query]) -> str:
+    first = manifests[0]
+    names = ", ".join(dict.fromkeys(manifest.title for manifest in manifests))
+    roots = dict.fromkeys(manifest.dataset.get("root") for manifest in manifests)
+    places = "".join(f" {root}" for root in roots if root)
+    policy = "masked" if first.policy == "mask" else "kept"
+    unlabelled = sum(manifest.queries_size for manifest in manifests) - len(queries)
+    several = "galleries" if len(manifests) > 1 else "gallery"
+    sizes = " + ".join(f"{manifest.gallery_size:,}" for manifest in manifests)
+    counts = Counter(query.category for query in queries)
+    macro = ""
+    if protocol(first.protocol).macro:
+        shares = ", ".join(f"{name or 'unnamed'} {count:,}" for name, count in counts.items())
+        macro = (
+            f" Mean over {len(counts)} categories without weights ({shares} queries)."
+            if len(counts) > 1
+            else f" One category alone ({shares} queries), no mean over categories."
+        )
+    return (
+        f"{names}{places}, protocol {first.protocol}, reference {policy}, {len(queries):,} queries"
+        f"{f' ({unlabelled:,} more have no target)' if unlabelled else ''}, {several} of "
+        f"{sizes} images.{macro}"
     )
-    return Table(caption, tuple(rows), best.system.name)
 
 
 def _notes(table: Table, systems: Sequence[Fusion]) -> list[str]:
@@ -204,21 +268,31 @@ def _ranks(system: SystemRanks) -> list[int | None]:
     return [None if rank == UNRANKED else rank for rank in system.ranks.stored.tolist()]
 
 
-def _metrics(manifest: Manifest, table: Table, config: EvaluateConfig) -> dict[str, Any]:
+def _metrics(manifests: Sequence[Manifest], table: Table, config: EvaluateConfig) -> dict[str, Any]:
+    first = manifests[0]
     return {
-        "dataset": manifest.dataset,
-        "protocol": manifest.protocol,
-        "reference": manifest.policy,
+        "dataset": first.dataset,
+        "protocol": first.protocol,
+        "reference": first.policy,
         "queries": table.rows[0].queries,
-        "gallery": manifest.gallery_size,
+        "gallery": sum(manifest.gallery_size for manifest in manifests),
+        "stores": [
+            {
+                "dataset": manifest.dataset,
+                "queries": manifest.queries_size,
+                "gallery": manifest.gallery_size,
+            }
+            for manifest in manifests
+        ],
+        "caption": table.caption,
         "systems": [asdict(row) for row in table.rows],
-        "versions": manifest.versions,
+        "versions": first.versions,
         "config_digest": digest([to_yaml(config)]),
     }
 
 
-def _ranks_table(store: TileStore, ranked: Sequence[SystemRanks]) -> pa.Table:
-    ids = [query.id for query in store.queries]
+def _ranks_table(queries: Sequence[Query], ranked: Sequence[SystemRanks]) -> pa.Table:
+    ids = [query.id for query in queries]
     return pa.table(
         {
             "query": pa.array([id for _ in ranked for id in ids], pa.string()),

@@ -15,7 +15,7 @@ _FAILURES_SHOWN = 50
 
 def render(
     table: Table,
-    manifest: Manifest,
+    manifests: Sequence[Manifest],
     cases: Sequence[Case],
     pictures: Mapping[str, str],
     failures: Sequence[Failure],
@@ -25,7 +25,7 @@ def render(
 
     Args:
         table: the results.
-        manifest: of the store, for the protocol box.
+        manifests: of the stores, for the protocol box.
         cases: queries with their rankings.
         pictures: gallery id -> data URI.
         failures: items that could not be used.
@@ -40,7 +40,7 @@ def render(
     )
     return environment.get_template("page.html.j2").render(
         table=table,
-        manifest=manifest,
+        manifests=manifests,
         cases=cases,
         pictures=pictures,
         failures=failures[:_FAILURES_SHOWN],

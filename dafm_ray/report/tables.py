@@ -2,10 +2,13 @@
 
 import csv
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dafm_ray.evaluation.significance import Paired
+from dafm_ray.markdown import markdown_table
+
+_WORDS = 3
+"""Leading columns that hold words: system, kind, protocol."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,13 @@ class Table:
 
     Attributes:
         caption: data set, protocol and sizes, printed with every form of the table.
+        protocol: printed in every row.
         rows: in the order they are shown.
         baseline: the system the win/tie/loss column compares with.
     """
 
     caption: str
+    protocol: str
     rows: tuple[Row, ...]
     baseline: str
 
@@ -61,7 +66,7 @@ class Table:
 
     def header(self) -> list[str]:
         """Column titles."""
-        return ["system", "kind", *self.metrics, f"win/tie/loss vs {self.baseline}"]
+        return ["system", "kind", "protocol", *self.metrics, f"win/tie/loss vs {self.baseline}"]
 
     def cells(self) -> list[list[str]]:
         """Rows of text, percents with two decimals."""
@@ -69,6 +74,7 @@ class Table:
             [
                 row.name,
                 row.kind,
+                self.protocol,
                 *(f"{row.metrics[metric]:.2f}" for metric in self.metrics),
                 self.comparison(row),
             ]
@@ -78,19 +84,8 @@ class Table:
 
 def to_markdown(table: Table) -> str:
     """Aligned Markdown with the caption below."""
-    lines = [table.header(), *table.cells()]
-    widths = [max(len(line[c]) for line in lines) for c in range(len(lines[0]))]
-
-    def join(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if c < 2 else cell.rjust(width)
-            for c, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = [("-" * width) if c < 2 else f"{'-' * (width - 1)}:" for c, width in enumerate(widths)]
-    body = [join(lines[0]), join(rule), *(join(line) for line in lines[1:])]
-    return "\n".join(body) + f"\n\n{table.caption}\n"
+    rows = markdown_table(table.header(), table.cells(), _WORDS)
+    return f"{rows}\n\n{table.caption}\n"
 
 
 def to_csv(table: Table) -> str:
@@ -99,7 +94,7 @@ def to_csv(table: Table) -> str:
     writer = csv.writer(text, lineterminator="\n")
     columns = list(table.rows[0].hits)
     hits = [f"hits {column}" for column in columns]
-    writer.writerow([*table.header(), "queries", *hits, "protocol"])
+    writer.writerow([*table.header(), "queries", *hits, "caption"])
     for row, cells in zip(table.rows, table.cells(), strict=True):
         counts = [row.hits[column] for column in columns]
         writer.writerow([*cells, row.queries, *counts, table.caption])
@@ -111,7 +106,7 @@ def to_latex(table: Table) -> str:
     lines = [
         r"\begin{table}",
         rf"\caption{{{_latex(table.caption)}}}",
-        rf"\begin{{tabular}}{{ll{'r' * len(table.metrics)}r}}",
+        rf"\begin{{tabular}}{{{'l' * _WORDS}{'r' * len(table.metrics)}r}}",
         r"\toprule",
         " & ".join(_latex(title) for title in table.header()) + r" \\",
         r"\midrule",
@@ -119,9 +114,9 @@ def to_latex(table: Table) -> str:
     for row, cells in zip(table.rows, table.cells(), strict=True):
         numbers = [
             rf"\textbf{{{cell}}}" if round(row.metrics[metric], 2) == table.best(metric) else cell
-            for metric, cell in zip(table.metrics, cells[2:-1], strict=True)
+            for metric, cell in zip(table.metrics, cells[_WORDS:-1], strict=True)
         ]
-        lines.append(" & ".join([*map(_latex, cells[:2]), *numbers, cells[-1]]) + r" \\")
+        lines.append(" & ".join([*map(_latex, cells[:_WORDS]), *numbers, cells[-1]]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 

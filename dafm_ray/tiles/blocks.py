@@ -1,6 +1,7 @@
 """How an array, a gallery and queries become Arrow IPC files."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from dafm_ray.errors import DataError
 
 Array = NDArray[Any]
 
+QUERY_COLUMNS = [field.name for field in fields(Query)]
 _LISTS = ("captions", "targets", "excluded", "group")
 
 
@@ -50,27 +52,38 @@ def encode_gallery(ids: Sequence[str], source_order: Sequence[int]) -> pa.Buffer
 
 def decode_gallery(data: pa.Buffer) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Inverse of `encode_gallery`."""
-    columns = _from_file(data)
+    columns = _from_file(data).to_pydict()
     return tuple(columns["id"]), tuple(columns["source_order"])
 
 
 def encode_queries(queries: Sequence[Query]) -> pa.Buffer:
     """Queries in stored order."""
+    return _to_file(queries_batch(queries))
+
+
+def queries_batch(queries: Sequence[Query]) -> pa.RecordBatch:
+    """A row a query, a column a field."""
     columns = {
         name: pa.array([list(getattr(q, name)) for q in queries], pa.list_(pa.string()))
         if name in _LISTS
         else pa.array([getattr(q, name) for q in queries], pa.string())
-        for name in Query.__dataclass_fields__
+        for name in QUERY_COLUMNS
     }
-    return _to_file(pa.record_batch(list(columns.values()), names=list(columns)))
+    return pa.record_batch(list(columns.values()), names=list(columns))
 
 
 def decode_queries(data: pa.Buffer) -> tuple[Query, ...]:
     """Inverse of `encode_queries`."""
-    columns = _from_file(data)
+    return queries_of(_from_file(data))
+
+
+def queries_of(table: pa.Table) -> tuple[Query, ...]:
+    """Inverse of `queries_batch`."""
+    columns = table.to_pydict()
     for name in _LISTS:
         columns[name] = [tuple(row) for row in columns[name]]
-    return tuple(Query(*row) for row in zip(*columns.values(), strict=True))
+    values = [columns[name] for name in QUERY_COLUMNS]
+    return tuple(Query(*row) for row in zip(*values, strict=True))
 
 
 def _to_file(batch: pa.RecordBatch) -> pa.Buffer:
@@ -80,10 +93,9 @@ def _to_file(batch: pa.RecordBatch) -> pa.Buffer:
     return sink.getvalue()
 
 
-def _from_file(data: pa.Buffer) -> dict[str, list[Any]]:
+def _from_file(data: pa.Buffer) -> pa.Table:
     try:
         with pa.ipc.open_file(data) as reader:
-            columns: dict[str, list[Any]] = reader.read_all().to_pydict()
+            return reader.read_all()
     except pa.ArrowInvalid as error:
         raise DataError(f"not an Arrow IPC file: {error}") from None
-    return columns

@@ -15,6 +15,9 @@ LIBRARIES = ("dafm-ray", "torch", "ray", "pyarrow", "numpy", "pillow", "open_cli
 
 ScoreType = Literal["float32", "float16"]
 
+MADE_ELSEWHERE = "scores"
+"""Family of models whose scores were ingested."""
+
 
 @dataclass(frozen=True)
 class ModelEntry:
@@ -27,6 +30,14 @@ class ModelEntry:
     def identity(self) -> tuple[str, str]:
         """`family:variant` and weights: what a store's scores come from, wherever the file lies."""
         return self.id.partition("@")[0], self.weights_digest
+
+    def may_equal(self, other: "ModelEntry") -> bool:
+        """Whether both can be one model under different data; of scores made elsewhere nobody
+        knows.
+        """
+        family = MADE_ELSEWHERE + ":"
+        elsewhere = self.id.startswith(family) or other.id.startswith(family)
+        return elsewhere or self.weights_digest == other.weights_digest
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,12 @@ class Manifest:
     order: str = "blake2b-16(id), id"
     format: int = FORMAT
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Data set, split and category, as `fashioniq val dress`."""
+        parts = (self.dataset["name"], self.dataset["split"], self.dataset.get("category"))
+        return " ".join(part for part in parts if part)
 
     def to_bytes(self) -> pa.Buffer:
         """Canonical JSON with a digest of itself: any flipped bit shows."""

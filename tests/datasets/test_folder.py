@@ -2,9 +2,8 @@ import json
 
 import pytest
 
-from dafm_ray.datasets.folder import load_folder
 from dafm_ray.errors import DataError
-from tests.samples import image_folder, picture
+from tests.samples import image_folder, open_folder, picture
 
 
 def write(root, *lines):
@@ -16,7 +15,7 @@ def write(root, *lines):
 
 
 def test_a_folder_is_images_and_queries(tmp_path):
-    dataset = load_folder(str(image_folder(tmp_path / "own", images=20, queries=9)))
+    dataset = open_folder(str(image_folder(tmp_path / "own", images=20, queries=9)))
     assert len(dataset.gallery) == 20
     assert len(dataset.queries) == 9
     assert all(query.excluded == (query.reference,) for query in dataset.queries)
@@ -26,7 +25,7 @@ def test_a_folder_is_images_and_queries(tmp_path):
 def test_gallery_txt_names_the_gallery(tmp_path):
     root = image_folder(tmp_path / "own")
     (root / "gallery.txt").write_text("".join(f"{n:03d}.png\n" for n in range(16)))
-    assert len(load_folder(str(root)).gallery) == 16
+    assert len(open_folder(str(root)).gallery) == 16
 
 
 @pytest.mark.parametrize(
@@ -48,7 +47,7 @@ def test_gallery_txt_names_the_gallery(tmp_path):
 )
 def test_a_wrong_line_is_named(tmp_path, line, message):
     with pytest.raises(DataError, match=message):
-        load_folder(write(tmp_path / "own", line))
+        open_folder(write(tmp_path / "own", line))
 
 
 def test_separators_inside_a_text_byte_order_marks_and_missing_ids(tmp_path):
@@ -56,25 +55,25 @@ def test_separators_inside_a_text_byte_order_marks_and_missing_ids(tmp_path):
     root = write(tmp_path / "own", line, line)
     file = tmp_path / "own" / "queries.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    assert sorted(query.id for query in load_folder(root).queries) == ["1", "2"]
+    assert sorted(query.id for query in open_folder(root).queries) == ["1", "2"]
 
 
 def test_other_encodings_are_named(tmp_path):
     root = write(tmp_path / "own")
     (tmp_path / "own" / "queries.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
     with pytest.raises(DataError, match="is not UTF-8"):
-        load_folder(root)
+        open_folder(root)
 
 
 def test_a_missing_folder_and_missing_queries(tmp_path):
     with pytest.raises(DataError, match="no folder"):
-        load_folder(str(tmp_path / "nowhere"))
+        open_folder(str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match=r"holds no queries\.jsonl"):
-        load_folder(str(tmp_path))
+        open_folder(str(tmp_path))
 
 
 def test_an_image_listed_twice_is_refused(tmp_path):
     root = image_folder(tmp_path / "own")
     (root / "gallery.txt").write_text("000.png\n001.png\n000.png\n")
     with pytest.raises(DataError, match=r"'000\.png' stands twice"):
-        load_folder(str(root))
+        open_folder(str(root))

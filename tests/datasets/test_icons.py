@@ -3,8 +3,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dafm_ray.datasets.icons import _code_points, _draw, _modifiers, load_icons
+from dafm_ray.config import DatasetConfig
+from dafm_ray.datasets.icons import _code_points, _draw, _modifiers
 from dafm_ray.datasets.images import ImageError
+from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import ConfigError
 
 GALLERY = {"train": 4204, "val": 1382, "test": 1710}
@@ -14,7 +16,7 @@ ADDS = {"train": 2210, "val": 559, "test": 792}
 
 @pytest.fixture(scope="module", params=["train", "val", "test"])
 def icons(request):
-    return load_icons(request.param)
+    return load_dataset(DatasetConfig("icons", request.param))
 
 
 def test_counts_of_the_protocol(icons):
@@ -48,12 +50,15 @@ def test_groups_hold_reference_and_target_and_at_most_six(icons):
 
 
 def test_texts_say_the_edit_in_words():
-    texts = {query.id: query.captions[0] for query in load_icons("test").queries}
+    texts = {
+        query.id: query.captions[0]
+        for query in load_dataset(DatasetConfig("icons", "test")).queries
+    }
     assert all(text and "_" not in text and "{" not in text for text in texts.values())
 
 
 def test_a_glyph_is_black_on_white_and_centred():
-    drawn = np.asarray(load_icons("val").source.open("home"))
+    drawn = np.asarray(load_dataset(DatasetConfig("icons", "val")).source.open("home"))
     rows, columns = np.nonzero(drawn < 128)
     assert drawn.shape == (64, 64)
     assert drawn[0, 0] == 255
@@ -62,7 +67,7 @@ def test_a_glyph_is_black_on_white_and_centred():
 
 
 def test_unknown_split_and_glyph():
-    with pytest.raises(ConfigError, match="no split 'dev'"):
-        load_icons("dev")
+    with pytest.raises(ConfigError, match="no split of icons 'dev'"):
+        load_dataset(DatasetConfig("icons", "dev"))
     with pytest.raises(ImageError, match="no glyph"):
-        load_icons("val").source.open("no_such_glyph")
+        load_dataset(DatasetConfig("icons", "val")).source.open("no_such_glyph")

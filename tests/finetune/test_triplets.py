@@ -4,16 +4,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dafm_ray.datasets.folder import load_folder
 from dafm_ray.errors import DataError
 from dafm_ray.finetune.triplets import Triplets, epoch_batches, load_batches, shifted
 from dafm_ray.models.registry import load_model
-from tests.samples import image_folder
+from tests.samples import image_folder, open_folder
 
 
 @pytest.fixture
 def triplets(tmp_path):
-    dataset = load_folder(str(image_folder(tmp_path, images=20, queries=12)))
+    dataset = open_folder(str(image_folder(tmp_path, images=20, queries=12)))
     return Triplets(dataset, load_model("clip4cir:sum@random-tiny"))
 
 
@@ -60,4 +59,4 @@ def test_without_targets_there_is_nothing_to_learn(tmp_path):
     root = image_folder(tmp_path)
     (root / "queries.jsonl").write_text('{"id": "q", "reference": "000.png", "text": "x"}')
     with pytest.raises(DataError, match="no query with a target"):
-        Triplets(load_folder(str(root)), load_model("clip4cir:sum@random-tiny"))
+        Triplets(open_folder(str(root)), load_model("clip4cir:sum@random-tiny"))

@@ -183,7 +183,7 @@ def test_weights_are_not_searched_on_the_queries_they_are_reported_on(config):
 def test_weights_are_not_searched_on_other_models(config, tmp_path):
     dataset = labelled_dataset(9, 4, split="val")
     other = score_store(tmp_path / "c", dataset, models=("a", "c"))
-    with pytest.raises(DataError, match="only be searched on the same models"):
+    with pytest.raises(DataError, match="only the same models can be searched"):
         evaluate(replace(config, tune_on=other.uri))
 
 

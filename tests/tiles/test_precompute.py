@@ -6,7 +6,6 @@ import torch
 
 from dafm_ray.config import DatasetConfig, ModelConfig, PrecomputeConfig, load_config
 from dafm_ray.datasets.base import Dataset, Gallery
-from dafm_ray.datasets.folder import load_folder
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.evaluation.protocols import protocol
 from dafm_ray.fusion.rank import rank_systems, singles
@@ -15,7 +14,7 @@ from dafm_ray.progress import progress
 from dafm_ray.tiles.encode import actor_cpus
 from dafm_ray.tiles.precompute import precompute
 from dafm_ray.tiles.store import TileStore
-from tests.samples import image_folder
+from tests.samples import image_folder, open_folder
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(150)]
 
@@ -50,7 +49,7 @@ def whole(store: TileStore, model: str) -> np.ndarray:
 
 def test_scores_equal_the_model_in_a_bare_loop(config):
     store = precompute(config).store
-    dataset = load_folder(config.dataset.root)
+    dataset = open_folder(config.dataset.root)
     model = load_model(MODELS[0].id)
 
     def images(ids):
@@ -95,7 +94,7 @@ def test_bits_do_not_depend_on_actors_or_tiles_and_hits_not_on_the_source(config
     two = precompute(other).store
     for name in one.models:
         assert np.array_equal(whole(one, name), whole(two, name))
-    dataset = load_folder(config.dataset.root)
+    dataset = open_folder(config.dataset.root)
     shuffled = reordered(dataset)
     assert shuffled.gallery.source_order != dataset.gallery.source_order
     third = precompute(replace(config, store=str(tmp_path / "third")), shuffled).store

@@ -1,0 +1,103 @@
+"""Decoding every image of a data set on Ray Data, to see which can be used and which are twins."""
+
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import xxhash
+from PIL import Image
+
+from dafm_ray.datasets.base import ImageSource
+from dafm_ray.datasets.images import ImageError, StoredImages, decode, oddities
+from dafm_ray.datasets.shards import ParquetImages, RowGroup
+from dafm_ray.session import Row, ensure_ray, explained, finished, quiet_data
+
+CHUNK = 128
+"""Images of one task."""
+
+Part = tuple[str, ...] | RowGroup
+"""What a task reads: locators, or a row group of a Parquet shard."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One image.
+
+    Attributes:
+        reason: why it cannot be used; empty if it can.
+        odd: what decoding does to it beyond reading it.
+        pixels: digest of its size and RGB pixels; empty if it cannot be used.
+    """
+
+    locator: str
+    reason: str = ""
+    odd: tuple[str, ...] = ()
+    pixels: bytes = b""
+
+
+def inspect_images(source: ImageSource, locators: Sequence[str]) -> Iterator[list[Inspection]]:
+    """Decode images in parallel, a chunk at a time, in no order; starts Ray if there is none.
+
+    Args:
+        source: opens them; a Parquet source is read whole, in its own order.
+        locators: of the images.
+    """
+    import ray.data
+
+    parts: list[Part] = list(_chunks(locators))
+    if isinstance(source, ParquetImages):
+        parts = list(source.row_groups())
+    if not parts:
+        return
+    ensure_ray()
+    quiet_data()
+    rows = [{"part": pickle.dumps(part)} for part in parts]
+    stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        inspect_part, fn_kwargs={"source": source}, num_cpus=1
+    )
+    for row in map(finished, stream.iter_rows()):
+        yield pickle.loads(row["found"])
+
+
+def _chunks(locators: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    for start in range(0, len(locators), CHUNK):
+        yield tuple(locators[start : start + CHUNK])
+
+
+def inspect_part(row: Row, source: ImageSource) -> Row:
+    """Inspect the images of one task."""
+    return explained(lambda: {"found": pickle.dumps(list(_inspect(row, source)))}, row)
+
+
+def _inspect(row: Row, source: ImageSource) -> Iterator[Inspection]:
+    part: Part = pickle.loads(row["part"])
+    if isinstance(part, RowGroup):
+        assert isinstance(source, ParquetImages)
+        for n, (_, data) in enumerate(source.stream(part)):
+            yield inspect(f"{part.shard}:{part.number}:{n}", data)
+        return
+    for locator in part:
+        try:
+            if hasattr(source, "read"):
+                yield inspect(locator, cast(StoredImages, source).read(locator))
+            else:
+                yield Inspection(locator, pixels=pixel_digest(source.open(locator)))
+        except ImageError as error:
+            yield Inspection(locator, reason=str(error))
+
+
+def inspect(locator: str, data: bytes) -> Inspection:
+    """Decode one image file."""
+    try:
+        image = decode(data)
+    except ImageError as error:
+        return Inspection(locator, reason=str(error))
+    return Inspection(locator, odd=oddities(data), pixels=pixel_digest(image))
+
+
+def pixel_digest(image: Image.Image) -> bytes:
+    """Digest of what a model sees: the size and the RGB pixels."""
+    pixels = np.asarray(image.convert("RGB"))
+    return xxhash.xxh3_128_digest(pixels.tobytes() + repr(pixels.shape).encode())

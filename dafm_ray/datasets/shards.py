@@ -1,0 +1,236 @@
+"""Images inside shards: webdataset tar files, or Parquet files with a column of image bytes.
+
+A tar is read in place: one scan of its headers, then every image by its offset. A Parquet file can
+only be read in its own order, so precompute first unpacks it into tars (`tiles.unpack`).
+Shards lie on this machine or on any pyarrow filesystem.
+"""
+
+import functools
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from pyarrow import fs
+
+from dafm_ray.datasets.base import Draft, ImageSource, digest, refuse_duplicates
+from dafm_ray.datasets.images import SUFFIXES, ImageError, decode
+from dafm_ray.errors import ConfigError, DataError
+
+ID, IMAGE = "id", "image"
+"""Columns of a Parquet shard. `image` holds bytes, or a struct with `bytes` as Hugging Face
+writes it."""
+
+_KINDS = (".tar", ".parquet")
+_READERS = 16
+_ROWS = 16
+"""Parquet rows in memory at a time."""
+
+
+@dataclass(frozen=True)
+class TarImages:
+    """Images in uncompressed tar files; a locator is `shard:offset:size`.
+
+    Attributes:
+        filesystem: where the shards lie.
+        shards: their paths on it.
+    """
+
+    filesystem: fs.FileSystem
+    shards: tuple[str, ...]
+
+    def open(self, locator: str) -> Image.Image:
+        """Read and decode one image."""
+        return decode(self.read(locator))
+
+    def read(self, locator: str) -> bytes:
+        """Read one image by its place."""
+        if not locator:
+            raise ImageError("no shard holds it")
+        shard, offset, size = (int(number) for number in locator.split(":"))
+        try:
+            with self.filesystem.open_input_file(self.shards[shard]) as file:
+                data: bytes = file.read_at(size, offset)
+        except OSError as error:
+            raise ImageError(f"{self.shards[shard]} cannot be read: {error}") from None
+        if len(data) < size:
+            raise ImageError(f"{self.shards[shard]} ends inside this image")
+        return data
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A part of a Parquet shard that is read on its own."""
+
+    shard: int
+    number: int
+
+
+@dataclass(frozen=True)
+class ParquetImages:
+    """Images in Parquet files; a locator is `shard:row group:row`."""
+
+    filesystem: fs.FileSystem
+    shards: tuple[str, ...]
+
+    def open(self, locator: str) -> Image.Image:
+        """Read and decode one image; slow, since everything before it in its row group is read."""
+        return decode(self.read(locator))
+
+    def read(self, locator: str) -> bytes:
+        """Read one image; slow, as `open`."""
+        if not locator:
+            raise ImageError("no shard holds it")
+        shard, number, wanted = (int(part) for part in locator.split(":"))
+        for row, (_, data) in enumerate(self.stream(RowGroup(shard, number))):
+            if row == wanted:
+                return data
+        raise ImageError(f"{self.shards[shard]} has no such row")
+
+    def row_groups(self) -> list[RowGroup]:
+        """All row groups of all shards."""
+        counts = _parallel(lambda path: _parquet(self.filesystem, path).num_row_groups, self.shards)
+        return [RowGroup(s, number) for s, count in enumerate(counts) for number in range(count)]
+
+    def stream(self, part: RowGroup) -> Iterator[tuple[str, bytes]]:
+        """(id, bytes) of the images of a row group; empty bytes where there are none."""
+        file = _parquet(self.filesystem, self.shards[part.shard])
+        batches = file.iter_batches(_ROWS, row_groups=[part.number], columns=[ID, IMAGE])
+        for batch in batches:
+            images = batch.column(IMAGE)
+            if pa.types.is_struct(images.type):
+                images = images.field("bytes")
+            for id, image in zip(batch.column(ID), images, strict=True):
+                yield str(id.as_py()), image.as_py() or b""
+
+    def fingerprint(self) -> str:
+        """Digest of the shards' paths, sizes and times: equal while nobody replaces one."""
+        infos = self.filesystem.get_file_info(list(self.shards))
+        return digest(f"{info.path} {info.size} {info.mtime_ns}" for info in infos)
+
+
+def open_shards(where: str) -> tuple[TarImages | ParquetImages, dict[str, str]]:
+    """Open the shards a path names.
+
+    Args:
+        where: a file, a folder, a pattern in the last part of a path, or a pyarrow filesystem URI
+            of one of these; all tar or all Parquet.
+
+    Returns:
+        The source, and the locator of every image by its name, in the order of the shards.
+
+    Raises:
+        ConfigError: the URI cannot be opened, or no shard is there.
+        DataError: a shard cannot be read, or an image stands twice.
+    """
+    filesystem, paths = _find(where)
+    kinds = {PurePosixPath(path).suffix for path in paths}
+    if len(kinds) > 1:
+        raise ConfigError(f"{where} holds tar and Parquet shards; name one kind, as {where}/*.tar")
+    source = TarImages if kinds == {".tar"} else ParquetImages
+    scan = functools.partial(_scan_tar if kinds == {".tar"} else _scan_parquet, filesystem)
+    found = [
+        (name, f"{shard}:{place}")
+        for shard, members in enumerate(_parallel(scan, paths))
+        for name, place in members
+    ]
+    refuse_duplicates([name for name, _ in found], f"{where}: image")
+    return source(filesystem, tuple(paths)), dict(found)
+
+
+def stored_in(draft: Draft, source: ImageSource, places: Mapping[str, str]) -> Draft:
+    """The draft with its images read from shards: by file name, else by id."""
+    by_stem = {PurePosixPath(name).stem: place for name, place in places.items()}
+    images = tuple(
+        (id, places.get(locator) or places.get(id) or by_stem.get(id, ""))
+        for id, locator in draft.images
+    )
+    return replace(draft, images=images, source=source)
+
+
+def _find(where: str) -> tuple[fs.FileSystem, list[str]]:
+    if "://" in where:
+        try:
+            filesystem, path = fs.FileSystem.from_uri(where)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ConfigError(f"cannot open {where}: {error}") from None
+    else:
+        filesystem, path = fs.LocalFileSystem(), str(Path(where).absolute())
+    folder, _, pattern = path.rpartition("/")
+    try:
+        info = filesystem.get_file_info(path)
+        if info.type == fs.FileType.File:
+            return filesystem, [path]
+        if info.type == fs.FileType.Directory:
+            folder, pattern = path, "*"
+        listed = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+    except OSError as error:
+        raise ConfigError(f"cannot list {where}: {error}") from None
+    paths = sorted(
+        entry.path
+        for entry in listed
+        if entry.type == fs.FileType.File
+        and entry.path.endswith(_KINDS)
+        and fnmatch(entry.base_name, pattern)
+    )
+    if not paths:
+        raise ConfigError(f"{where} holds no shards; name files that end in {' or '.join(_KINDS)}")
+    return filesystem, paths
+
+
+def _scan_tar(filesystem: fs.FileSystem, path: str) -> list[tuple[str, str]]:
+    """(name, `offset:size`) of the images of a shard."""
+    found: list[tuple[str, str]] = []
+    try:
+        with filesystem.open_input_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if member.isreg() and PurePosixPath(member.name).suffix.lower() in SUFFIXES:
+                    name = member.name.removeprefix("./")
+                    found.append((name, f"{member.offset_data}:{member.size}"))
+                tar.members = []  # type: ignore[attr-defined]  # a kilobyte an image
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{path} cannot be read as an uncompressed tar: {error}") from None
+    return found
+
+
+def _scan_parquet(filesystem: fs.FileSystem, path: str) -> list[tuple[str, str]]:
+    """(id, `row group:row`) of the images of a shard."""
+    file = _parquet(filesystem, path)
+    found: list[tuple[str, str]] = []
+    for number in range(file.num_row_groups):
+        ids = file.read_row_group(number, columns=[ID]).column(ID).to_pylist()
+        found.extend((str(id), f"{number}:{row}") for row, id in enumerate(ids))
+    return found
+
+
+def _parquet(filesystem: fs.FileSystem, path: str) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(filesystem.open_input_file(path))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not a Parquet file: {error}") from None
+    kinds = {field.name: field.type for field in file.schema_arrow}
+    image = kinds.get(IMAGE)
+    if image is not None and pa.types.is_struct(image):
+        names = [image.field(n).name for n in range(image.num_fields)]
+        image = image.field("bytes").type if "bytes" in names else None
+    if ID not in kinds or image is None or not _holds_bytes(image):
+        raise DataError(
+            f"{path} must have the columns {ID!r} (text) and {IMAGE!r} (bytes, or a struct with "
+            f"'bytes'); found {', '.join(kinds)}"
+        )
+    return file
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _parallel(action: Any, items: Sequence[str]) -> list[Any]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(action, items))

@@ -1,0 +1,202 @@
+"""The exchange form of a store: one Parquet file, a row a query.
+
+Columns: the fields of a query (id, reference, captions, targets, ...), and for each model
+`scores.MODEL`: the scores of all candidates as one fixed-size binary value, little-endian. The
+file's metadata (key `dafm_ray`, JSON) names candidates, type, protocol and models. Fixed-size
+binary reads and writes many times faster than lists of numbers.
+
+In pandas: `np.frombuffer(row, dtype)` gives the scores of a query in the order of `gallery_ids`.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dafm_ray.datasets.base import Draft
+from dafm_ray.datasets.images import NoImages
+from dafm_ray.errors import DataError, refusals
+from dafm_ray.progress import progress
+from dafm_ray.tiles import blocks
+from dafm_ray.tiles.blocks import Array
+from dafm_ray.tiles.manifest import ModelEntry
+from dafm_ray.tiles.store import TileStore
+
+METADATA = b"dafm_ray"
+FORMAT = 1
+_PREFIX = "scores."
+_GROUP_BYTES = 64_000_000
+
+
+def export(store: TileStore, to: str) -> None:
+    """Write all models of a store to a Parquet file.
+
+    Raises:
+        DataError: the store is incomplete or damaged.
+        MachineError: the file cannot be written.
+    """
+    missing = store.missing()
+    if missing:
+        raise DataError(
+            f"{store.uri} lacks {len(missing)} tiles (first: {missing[0]}); "
+            "run `dafm precompute` to the end first"
+        )
+    schema = _schema(store)
+    row_bytes = len(store.models) * store.size("gallery") * np.dtype(_type(store)).itemsize
+    step = max(1, _GROUP_BYTES // row_bytes)
+    plain = [field.name for field in schema if not field.name.startswith(_PREFIX)]
+    with (
+        _replacing(Path(to)) as temporary,
+        pq.ParquetWriter(
+            temporary, schema, compression="NONE", use_dictionary=plain, write_statistics=plain
+        ) as writer,
+        progress("export", store.size("queries"), unit="query") as shown,
+    ):
+        for block, rows in enumerate(store.tile_rows):
+            for start in range(0, len(rows), step):
+                part = rows[start : start + step]
+                labels = blocks.queries_batch(store.queries[part.start : part.stop])
+                scores = [
+                    _binary(store.scores(model, block, slice(start, start + step)))
+                    for model in store.models
+                ]
+                columns = [*labels.columns, *scores]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+                shown.advance(len(part))
+
+
+def _type(store: TileStore) -> str:
+    return {"float32": "<f4", "float16": "<f2"}[store.manifest.score_type]
+
+
+def _schema(store: TileStore) -> pa.Schema:
+    manifest = store.manifest
+    about = {
+        "format": FORMAT,
+        "dataset": manifest.dataset,
+        "protocol": manifest.protocol,
+        "policy": manifest.policy,
+        "dtype": _type(store),
+        "models": {name: asdict(entry) for name, entry in manifest.models.items()},
+        "gallery_ids": store.gallery_ids,
+        "source_order": store.source_order,
+    }
+    width = store.size("gallery") * np.dtype(_type(store)).itemsize
+    fields = list(blocks.queries_batch(store.queries[:1]).schema)
+    fields += [pa.field(_PREFIX + model, pa.binary(width)) for model in store.models]
+    return pa.schema(fields, metadata={METADATA: json.dumps(about, ensure_ascii=False)})
+
+
+def _binary(scores_BN: Array) -> pa.Array:
+    rows = np.ascontiguousarray(scores_BN)
+    kind = pa.binary(rows.shape[1] * rows.dtype.itemsize)
+    return pa.FixedSizeBinaryArray.from_buffers(kind, len(rows), [None, pa.py_buffer(rows)])
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """A temporary file that takes the name of `file` when it is whole."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with refusals(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Export:
+    """An exported file, opened.
+
+    Attributes:
+        draft: what the scores are about.
+        spec: what opens the data set again.
+        systems: model -> scores and identity.
+    """
+
+    draft: Draft
+    spec: dict[str, Any]
+    systems: dict[str, tuple["ExportedScores", ModelEntry]]
+
+
+@dataclass(frozen=True)
+class ExportedScores:
+    """One model of an exported file; satisfies `ForeignScores`."""
+
+    file: pq.ParquetFile
+    column: str
+    dtype: str
+    query_ids: Sequence[str]
+    gallery_ids: Sequence[str]
+
+    def shape(self) -> tuple[int, int]:
+        """(queries, candidates)."""
+        return len(self.query_ids), len(self.gallery_ids)
+
+    def rows(self, rows: Sequence[int]) -> Array:
+        """Rows of the file; reads only the row groups that hold them."""
+        counts = [self.file.metadata.row_group(n).num_rows for n in range(self.file.num_row_groups)]
+        ends = np.cumsum(counts)
+        group_of = np.searchsorted(ends, rows, side="right")
+        found = np.empty((len(rows), len(self.gallery_ids)), dtype=self.dtype)
+        for group in np.unique(group_of).tolist():
+            column = self.file.read_row_group(group, columns=[self.column]).column(0)
+            values = b"".join(column.to_pylist())
+            scores = np.frombuffer(values, dtype=self.dtype).reshape(counts[group], -1)
+            wanted = np.flatnonzero(group_of == group)
+            first = ends[group] - counts[group]
+            found[wanted] = scores[np.asarray(rows)[wanted] - first]
+        return found
+
+
+def read_export(file: Path) -> Export:
+    """Open a file that `export` wrote.
+
+    Raises:
+        DataError: it is not such a file, or its columns do not fit its metadata.
+    """
+    try:
+        parquet = pq.ParquetFile(file)
+        about = json.loads((parquet.schema_arrow.metadata or {})[METADATA])
+        known = about["format"] == FORMAT
+        models = {name: ModelEntry(**entry) for name, entry in about["models"].items()}
+        dtype = {"<f4": "float32", "<f2": "float16"}[about["dtype"]]
+        ids, order = about["gallery_ids"], about["source_order"]
+        images = [id for _, id in sorted(zip(order, ids, strict=True))]
+        spec, protocol, policy = about["dataset"], about["protocol"], about["policy"]
+    except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{file} is not a file that `dafm tiles export` wrote") from None
+    width = len(ids) * np.dtype(dtype).itemsize
+    for name in models:
+        column = _PREFIX + name
+        if column not in parquet.schema_arrow.names:
+            raise DataError(f"{file} lacks the column {column!r}")
+        if parquet.schema_arrow.field(column).type != pa.binary(width):
+            raise DataError(f"{file}: {column!r} must hold {width} bytes a query")
+    if not known:
+        raise DataError(f"{file} has format {about['format']}; this version reads format {FORMAT}")
+    queries = blocks.queries_of(parquet.read(columns=blocks.QUERY_COLUMNS))
+    query_ids = [query.id for query in queries]
+    draft = Draft(
+        name=spec.get("name", ""),
+        split=spec.get("split", ""),
+        protocol=protocol,
+        policy=policy,
+        images=tuple((id, "") for id in images),
+        queries=queries,
+        source=NoImages(),
+        category=spec.get("category", ""),
+    )
+    systems = {
+        name: (ExportedScores(parquet, _PREFIX + name, dtype, query_ids, ids), entry)
+        for name, entry in models.items()
+    }
+    return Export(draft, spec, systems)
