@@ -52,6 +52,7 @@ _REFUSALS = {
     errno.EACCES: "permission denied; check who owns the folder",
     errno.EPERM: "permission denied; check who owns the folder",
     errno.EEXIST: "a file of that name is in the way; choose another folder",
+    errno.EISDIR: "a folder of that name is in the way; choose another name",
     errno.ENOTDIR: "a file of that name is in the way; choose another folder",
     errno.ENOENT: "there is no such folder and it cannot be made",
     errno.EROFS: "the file system is read-only; choose another place",

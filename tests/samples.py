@@ -1,10 +1,14 @@
 """Small data for tests: pictures, folders, stores."""
 
+import io
 import json
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from dafm_ray.config import DatasetConfig
@@ -36,6 +40,21 @@ def image_folder(root: Path, images: int = 20, queries: int = 9) -> Path:
     text = "\n".join(json.dumps(line) for line in lines)
     (root / "queries.jsonl").write_text(text, encoding="utf-8")
     return root
+
+
+def tar_shard(file: Path, members: Sequence[tuple[str, bytes]]) -> None:
+    with tarfile.open(file, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def parquet_shard(
+    file: Path, members: Sequence[tuple[str, bytes]], row_group_size: int | None = None
+) -> None:
+    ids, data = zip(*members, strict=True)
+    pq.write_table(pa.table({"id": ids, "image": data}), file, row_group_size=row_group_size)
 
 
 def open_folder(root: Path | str) -> Dataset:

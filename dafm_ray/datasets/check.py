@@ -17,6 +17,7 @@ from dafm_ray.datasets.base import Draft, Finding, ImageSource, Query
 from dafm_ray.datasets.inspect import Inspection, inspect_images
 from dafm_ray.datasets.order import JUDGED, OrderLeak, order_leak
 from dafm_ray.datasets.registry import dataset_entry, missing_folder, read_dataset
+from dafm_ray.datasets.shards import open_shards
 from dafm_ray.errors import DataError
 from dafm_ray.progress import progress
 
@@ -113,10 +114,12 @@ def _read(config: DatasetConfig) -> tuple[list[Draft], list[Finding]]:
     entry = dataset_entry(config.name)
     drafts: list[Draft] = []
     findings: list[Finding] = []
+    shards = open_shards(config.images) if config.images else None
     for split in [config.split] if config.split else entry.splits:
         for category in [config.category] if config.category else entry.categories:
             try:
-                drafts.append(read_dataset(replace(config, split=split, category=category)))
+                part = replace(config, split=split, category=category)
+                drafts.append(read_dataset(part, shards))
             except DataError as error:
                 named = bool(config.split)
                 title = " ".join(part for part in (split, category) if part)
@@ -229,16 +232,20 @@ class _Images:
 
     def look_at(self, drafts: Sequence[Draft]) -> None:
         """Decode every image and list what was found."""
-        by_source: defaultdict[ImageSource, list[Draft]] = defaultdict(list)
+        by_source: list[tuple[ImageSource, list[Draft]]] = []
         for draft in drafts:
             missing = missing_folder(draft)
             if missing is None:
-                by_source[draft.source].append(draft)
+                alike = [drafts for source, drafts in by_source if source == draft.source]
+                if alike:
+                    alike[0].append(draft)
+                else:
+                    by_source.append((draft.source, [draft]))
             else:
                 detail = f"the image folder {missing} is missing; --root names its parent"
                 self.findings += _named(draft, [Finding("missing image folder", "", detail)])
         started = time.monotonic()
-        for source, of_source in by_source.items():
+        for source, of_source in by_source:
             found = self._decode(source, of_source)
             for draft in of_source:
                 self._unusable(draft, found)
@@ -286,8 +293,8 @@ class _Images:
             Finding(
                 "identical pixels",
                 ids[0],
-                f"{', '.join(ids)} have the same pixels; {touched[n] or 'no'} queries have one of them "
-                "as target or reference and count another as wrong",
+                f"{', '.join(ids)} have the same pixels; {touched[n] or 'no'} queries have one of "
+                "them as target or reference and count another as wrong",
                 changes_metric=bool(touched[n]) and not self.is_published,
             )
             for n, ids in enumerate(groups)

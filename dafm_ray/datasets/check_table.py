@@ -9,8 +9,10 @@ from dafm_ray.datasets.check import Check, Part
 from dafm_ray.datasets.order import JUDGED
 from dafm_ray.markdown import markdown_table
 
-_HEADER = ("split", "category", "protocol", "images", "queries", "with targets")
-_HEADER += (f"R@{JUDGED} by file order alone", "by chance", "p")
+_HEADER = (
+    *("split", "category", "protocol", "images", "queries", "with targets"),
+    *(f"R@{JUDGED} by file order alone", "by chance", "p"),
+)
 
 SHOWN = 5
 """Findings of one kind that are printed; JSON holds all."""

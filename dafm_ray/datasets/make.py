@@ -107,9 +107,7 @@ def _fashioniq_split(out: Path, split: str, dataset: Dataset, shown: Progress) -
     places = {id: f"images/{id}.png" for id in sorted(dataset.gallery.ids)}
     _write_images(out, dataset, places, shown)
     queries = sorted(dataset.queries, key=lambda query: query.id)
-    concept = {
-        id: query.fold_group for query in queries for id in (query.reference, *query.targets)
-    }
+    concept = {id: q.fold_group for q in queries for id in (q.reference, q.targets[0])}
     for category in CATEGORIES:
         ids = [id for id in places if _category(concept.get(id, id)) == category]
         yield f"image_splits/split.{category}.{split}.json", ids

@@ -16,7 +16,7 @@ from dafm_ray.datasets.folder import read_folder
 from dafm_ray.datasets.icons import SPLITS as ICON_SPLITS
 from dafm_ray.datasets.icons import read_icons
 from dafm_ray.datasets.images import Files
-from dafm_ray.datasets.shards import open_shards, stored_in
+from dafm_ray.datasets.shards import Shards, open_shards, stored_in
 from dafm_ray.errors import ConfigError, DataError, unknown
 
 
@@ -69,8 +69,12 @@ def load_dataset(config: DatasetConfig) -> Dataset:
     return draft.dataset()
 
 
-def read_dataset(config: DatasetConfig) -> Draft:
+def read_dataset(config: DatasetConfig, shards: Shards | None = None) -> Draft:
     """Read the files of a data set; its images need not be there.
+
+    Args:
+        config: which data set.
+        shards: what `config.images` names, if it is open already.
 
     Raises:
         ConfigError: no such data set, or a key that says nothing about it.
@@ -83,7 +87,7 @@ def read_dataset(config: DatasetConfig) -> Draft:
             raise ConfigError(f"dataset.{key.name} says nothing about {config.name}; leave it out")
     if not config.images:
         return entry.read(config)
-    source, places = open_shards(config.images)
+    source, places = shards or open_shards(config.images)
     if config.name == "folder":
         return stored_in(read_folder(config, list(places)), source, places)
     return stored_in(entry.read(config), source, places)

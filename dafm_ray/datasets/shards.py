@@ -32,6 +32,9 @@ _READERS = 16
 _ROWS = 16
 """Parquet rows in memory at a time."""
 
+_BUFFER_BYTES = 1 << 20
+"""A column is read in buffers of this size; otherwise a whole row group is held in memory."""
+
 
 @dataclass(frozen=True)
 class TarImages:
@@ -115,15 +118,16 @@ class ParquetImages:
         return digest(f"{info.path} {info.size} {info.mtime_ns}" for info in infos)
 
 
-def open_shards(where: str) -> tuple[TarImages | ParquetImages, dict[str, str]]:
+Shards = tuple[TarImages | ParquetImages, dict[str, str]]
+"""A source, and the locator of every image by its name, in the order of the shards."""
+
+
+def open_shards(where: str) -> Shards:
     """Open the shards a path names.
 
     Args:
         where: a file, a folder, a pattern in the last part of a path, or a pyarrow filesystem URI
             of one of these; all tar or all Parquet.
-
-    Returns:
-        The source, and the locator of every image by its name, in the order of the shards.
 
     Raises:
         ConfigError: the URI cannot be opened, or no shard is there.
@@ -211,7 +215,7 @@ def _scan_parquet(filesystem: fs.FileSystem, path: str) -> list[tuple[str, str]]
 
 def _parquet(filesystem: fs.FileSystem, path: str) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(filesystem.open_input_file(path))
+        file = pq.ParquetFile(filesystem.open_input_file(path), buffer_size=_BUFFER_BYTES)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is not a Parquet file: {error}") from None
     kinds = {field.name: field.type for field in file.schema_arrow}

@@ -29,6 +29,7 @@ from dafm_ray.report.page import render
 from dafm_ray.report.tables import Row, Table, to_csv, to_latex, to_markdown
 from dafm_ray.tiles.manifest import Manifest
 from dafm_ray.tiles.store import TileStore
+from dafm_ray.tiles.unpack import unpacked
 
 Z_MEAN = "mean@zscore"
 
@@ -261,7 +262,7 @@ def _pictures(store: TileStore, drawn: Sequence[case_studies.Case]) -> dict[str,
         return {}
     if dataset.gallery.digest != store.manifest.gallery_digest:
         return {}
-    return case_studies.thumbnails(dataset, drawn)
+    return case_studies.thumbnails(unpacked(store, dataset), drawn)
 
 
 def _ranks(system: SystemRanks) -> list[int | None]:

@@ -39,7 +39,7 @@ from dafm_ray.tiles.export import read_export
 from dafm_ray.tiles.foreign import FLOATS, ForeignScores, file_digest, read_systems
 from dafm_ray.tiles.lease import writing
 from dafm_ray.tiles.manifest import MADE_ELSEWHERE, Grid, ModelEntry, ScoreType
-from dafm_ray.tiles.storage import open_storage
+from dafm_ray.tiles.storage import Storage, open_storage
 from dafm_ray.tiles.store import TileStore, score_key
 
 NAMED = 5
@@ -132,7 +132,9 @@ def ingest(source: str, out: str, dataset: DatasetConfig | None = None) -> Inges
     score_type: ScoreType = (
         "float16" if all(s.scores.dtype == "float16" for s in systems.values()) else "float32"
     )
-    with writing(open_storage(out)):
+    storage = open_storage(out)
+    with writing(storage):
+        _refuse_narrower(storage, score_type)
         store = TileStore.create(
             out,
             opened,
@@ -145,19 +147,27 @@ def ingest(source: str, out: str, dataset: DatasetConfig | None = None) -> Inges
             ),
             score_type,
         )
-        if FLOATS.index(store.manifest.score_type) > FLOATS.index(score_type):
-            raise DataError(
-                f"{store.uri} keeps {store.manifest.score_type}, which would make ties of "
-                f"{score_type} scores; choose another folder"
-            )
         coverage = _write(store, systems)
     return Ingested(store, coverage, notes)
 
 
-def _searched(folder: Path, named: DatasetConfig | None) -> tuple[Draft, dict[str, Any]]:
+def _refuse_narrower(storage: Storage, score_type: ScoreType) -> None:
+    """DataError if a store is there already and would round the scores."""
+    try:
+        kept = TileStore(storage.uri).manifest.score_type
+    except DataError:
+        return  # there is none, or `create` says what is wrong with it
+    if FLOATS.index(kept) > FLOATS.index(score_type):
+        raise DataError(
+            f"{storage.uri} keeps {kept}, which would make ties of {score_type} scores; "
+            "choose another folder"
+        )
+
+
+def _searched(folder: Path, dataset: DatasetConfig | None) -> tuple[Draft, dict[str, Any]]:
     """What the scores are about, and what opens it again."""
-    if named is not None:
-        return read_dataset(named), asdict(named)
+    if dataset is not None:
+        return read_dataset(dataset), asdict(dataset)
     if not (folder / "scores.json").is_file():
         raise DataError(
             f"{folder} holds no scores.json; write one, or name a data set whose annotations say "
@@ -172,6 +182,8 @@ def _searched(folder: Path, named: DatasetConfig | None) -> tuple[Draft, dict[st
         lambda entry, where: _query(entry, where, config),
     )
     ids = _read_ids(folder / "gallery_ids.json")
+    named = {id for q in queries for id in (q.reference, *q.targets, *q.excluded, *q.group)}
+    _refuse_strangers(sorted(named), ids, f"{file} names image", "gallery_ids.json")
     draft = Draft(
         name=config.dataset,
         split=config.split,

@@ -22,6 +22,7 @@ from dafm_ray.tiles.manifest import Grid, ModelEntry
 from dafm_ray.tiles.similarity import score_tiles
 from dafm_ray.tiles.storage import Storage, open_storage
 from dafm_ray.tiles.store import ROLES, Failure, Role, TileStore
+from dafm_ray.tiles.unpack import unpack
 
 QUARANTINE = "quarantine.csv"
 
@@ -60,6 +61,8 @@ def precompute(config: PrecomputeConfig, dataset: Dataset | None = None) -> Outc
         spec = asdict(config.dataset)
         store = TileStore.create(config.store, dataset, spec, models, grid, config.score_type)
         storage.write("config.yaml", pa.py_buffer(to_yaml(config).encode()))
+        if store.missing(names) or store.failures():
+            dataset = unpack(store, dataset, _status_writer(storage))
         _retry_quarantined(store, dataset)
         keys = [key for name in names for role in ROLES for key in store.feature_keys(name, role)]
         done = store.finished()

@@ -20,6 +20,11 @@ class Storage(Protocol):
 
     uri: str
 
+    @property
+    def location(self) -> tuple[fs.FileSystem, str]:
+        """The pyarrow filesystem and the root's path on it."""
+        ...
+
     def write(self, path: str, data: pa.Buffer) -> None:
         """Store a file whole or not at all, replacing one of that name."""
         ...
@@ -54,6 +59,11 @@ class LocalStorage:
     def __init__(self, root: str) -> None:
         self.root = Path(root).absolute()
         self.uri = str(self.root)
+
+    @property
+    def location(self) -> tuple[fs.FileSystem, str]:
+        """The local filesystem and the folder."""
+        return fs.LocalFileSystem(), self.uri
 
     def write(self, path: str, data: pa.Buffer) -> None:
         """Write under a temporary name, sync, rename."""
@@ -117,6 +127,11 @@ class RemoteStorage:
             self.filesystem, self.base = fs.FileSystem.from_uri(uri)
         except (pa.ArrowInvalid, OSError) as error:
             raise ConfigError(f"cannot open the storage URI {uri}: {error}") from None
+
+    @property
+    def location(self) -> tuple[fs.FileSystem, str]:
+        """The filesystem and the prefix."""
+        return self.filesystem, self.base
 
     def write(self, path: str, data: pa.Buffer) -> None:
         """Upload; the object shows when the upload is complete."""

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
+from dafm_ray.datasets import base
 from dafm_ray.errors import ConfigError
 from dafm_ray.evaluation.metrics import rank_targets
-from dafm_ray.evaluation.protocols import Protocol, protocol
+from dafm_ray.evaluation.protocols import PROTOCOLS, Protocol, protocol
 from dafm_ray.evaluation.summary import Summary, SystemRanks
 
 SCORES = np.array([[3, 2, 1], [1, 2, 3], [2, 2, 2], [1, 3, 2]], dtype=np.float32)
@@ -31,6 +32,29 @@ def test_hits_by_luck():
 
 def test_a_macro_mean_weighs_categories_alike():
     assert summary(Protocol((1,), macro=True)).percent("R@1") == pytest.approx(100 * (1 / 3) / 2)
+
+
+def test_a_macro_protocol_shows_each_category_and_adds_their_hits():
+    rules = Protocol((1, 2), mean_of=("R@1", "R@2"), macro=True)
+    found = summary(rules, ("b", "a", "b", "b"))
+    assert found.columns == ("a R@1", "a R@2", "b R@1", "b R@2", "R@1", "R@2")
+    hits = found.total_hits()["hits"]
+    assert hits["R@2"] == hits["a R@2"] + hits["b R@2"]
+    assert found.percent("R@2") == pytest.approx(
+        (found.percent("a R@2") + found.percent("b R@2")) / 2
+    )
+    assert found.percent("Rmean") == pytest.approx(
+        (found.percent("R@1") + found.percent("R@2")) / 2
+    )
+    assert np.isnan(found.values["a R@1"]).tolist() == [True, False, True, True]
+
+
+def test_one_category_alone_has_no_columns_of_its_own():
+    assert summary(protocol("fashioniq"), "aaaa").columns == ("R@10", "R@50")
+
+
+def test_every_protocol_label_has_its_numbers():
+    assert set(PROTOCOLS) == set(base.PROTOCOLS)
 
 
 def test_own_data_has_average_precision():

@@ -1,0 +1,84 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dafm_ray.cli import main
+from dafm_ray.errors import DataError, MachineError
+from dafm_ray.tiles import export as module
+from dafm_ray.tiles.export import export
+from dafm_ray.tiles.ingest import ingest
+from dafm_ray.tiles.store import TileStore
+from tests.samples import labelled_dataset, score_store
+
+
+@pytest.fixture
+def store(tmp_path):
+    return score_store(tmp_path / "s", labelled_dataset(23, 17))
+
+
+def whole(store: TileStore, model: str) -> np.ndarray:
+    return np.concatenate([store.scores(model, q) for q in range(len(store.tile_rows))])
+
+
+def test_out_and_back_is_the_same_store(tmp_path, store, monkeypatch):
+    monkeypatch.setattr(module, "_GROUP_BYTES", 3 * 2 * 23 * 4)
+    file = tmp_path / "new" / "scores.parquet"
+    assert main(["tiles", "export", store.uri, "--to", str(file)]) == 0
+    assert pq.ParquetFile(file).num_row_groups > 4
+    assert main(["tiles", "ingest", str(file), "--out", str(tmp_path / "back")]) == 0
+    back = TileStore(str(tmp_path / "back"))
+    assert back.queries == store.queries
+    assert back.gallery_ids == store.gallery_ids
+    assert back.source_order == store.source_order
+    assert back.manifest.models == store.manifest.models
+    assert back.manifest.dataset == store.manifest.dataset
+    assert back.manifest.queries_digest == store.manifest.queries_digest
+    for model in store.models:
+        assert np.array_equal(whole(back, model), whole(store, model))
+
+
+def test_any_parquet_reader_sees_the_scores(tmp_path, store):
+    export(store, str(tmp_path / "x.parquet"))
+    table = pq.read_table(tmp_path / "x.parquet")
+    about = json.loads(table.schema.metadata[b"dafm_ray"])
+    assert about["gallery_ids"] == list(store.gallery_ids)
+    assert table.schema.field("scores.a").type == pa.binary(23 * 4)
+    assert table.column("id").to_pylist() == [query.id for query in store.queries]
+    row = np.frombuffer(table.column("scores.b")[5].as_py(), dtype=about["dtype"])
+    assert np.array_equal(row, whole(store, "b")[5])
+
+
+def test_rows_in_another_order_are_aligned_by_id(tmp_path, store):
+    export(store, str(tmp_path / "x.parquet"))
+    table = pq.read_table(tmp_path / "x.parquet")
+    order = np.random.default_rng(0).permutation(len(table))
+    pq.write_table(table.take(order), tmp_path / "y.parquet", row_group_size=4)
+    back = ingest(str(tmp_path / "y.parquet"), str(tmp_path / "back")).store
+    assert np.array_equal(whole(back, "a"), whole(store, "a"))
+
+
+def test_files_that_are_not_exports_are_refused(tmp_path, store):
+    (tmp_path / "a.parquet").write_bytes(b"nothing")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "b.parquet")
+    for name in ("a", "b"):
+        with pytest.raises(DataError, match="is not a file that `dafm tiles export` wrote"):
+            ingest(str(tmp_path / f"{name}.parquet"), str(tmp_path / "back"))
+    export(store, str(tmp_path / "x.parquet"))
+    table = pq.read_table(tmp_path / "x.parquet")
+    pq.write_table(table.drop_columns(["scores.b"]), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match=r"lacks the column 'scores\.b'"):
+        ingest(str(tmp_path / "c.parquet"), str(tmp_path / "back"))
+
+
+def test_an_incomplete_store_and_a_folder_in_the_way(tmp_path, store):
+    record = next((tmp_path / "s" / "records").rglob("*.json"))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(MachineError, match="cannot write"):
+        export(store, str(tmp_path / "folder"))
+    record.unlink()
+    with pytest.raises(DataError, match="lacks 1 tiles"):
+        export(TileStore(store.uri), str(tmp_path / "x.parquet"))
+    assert not (tmp_path / "x.parquet").exists()
