@@ -101,7 +101,7 @@ def test_weights_that_do_not_fit_end_in_one_message_and_can_be_replaced(tmp_path
     )
     assert main(["precompute", "--config", str(config)]) == 3
     error = capsys.readouterr().err
-    assert "not CLIP weights" in error
+    assert "holds no CLIP weights" in error
     assert "Traceback" not in error
     good = "models.0.id=clip4cir:sum@random-tiny"
     assert main(["precompute", "--config", str(config), "--set", good]) == 0

@@ -154,6 +154,20 @@ def subset_ranks(scores_QN: Scores, targets_QT: Ints, groups_QG: Ints) -> Target
     return rank_targets(scores_QG, places_QT)
 
 
+def stratified_mean(values_Q: Floats, strata_Q: Ints | None = None) -> float:
+    """Mean over strata of the mean over their queries.
+
+    Args:
+        values_Q: per query; NaN where a query does not count.
+        strata_Q: label of each query's stratum; one stratum by default.
+    """
+    if strata_Q is None:
+        return float(np.nanmean(values_Q))
+    counted = ~np.isnan(values_Q)
+    labels = np.unique(strata_Q[counted])
+    return float(np.mean([values_Q[counted & (strata_Q == label)].mean() for label in labels]))
+
+
 def columns_of(ids: Sequence[Sequence[str]], positions: dict[str, int]) -> Ints:
     """Rows of gallery ids -> (rows, longest) positions, -1 where a row is shorter."""
     width = max((len(row) for row in ids), default=0)

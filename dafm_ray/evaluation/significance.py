@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dafm_ray.evaluation.metrics import Floats, Ints
+from dafm_ray.evaluation.metrics import Floats, Ints, stratified_mean
 
 RESAMPLES = 2000
 RANDOMISATIONS = 100_000
@@ -53,19 +53,21 @@ class Bootstrap:
         drawn = rng.integers(0, count, size=(RESAMPLES, count))
         self._draws = np.stack([np.bincount(row, minlength=count) for row in drawn])
 
-    def interval(self, values_Q: Floats, weights_Q: Floats | None = None) -> tuple[float, float]:
-        """95 % percentile interval of a mean, in percent points.
+    def interval(self, values_Q: Floats, strata_Q: Ints | None = None) -> tuple[float, float]:
+        """95 % percentile interval of `stratified_mean`, in percent points.
 
         Args:
             values_Q: per query; NaN where a query does not count.
-            weights_Q: of the queries in the mean; equal by default.
+            strata_Q: as in `stratified_mean`; one stratum by default.
         """
-        weights = np.ones(len(values_Q)) if weights_Q is None else weights_Q
-        counted = np.where(np.isnan(values_Q), 0.0, weights)
-        sums_G = self._by_group(counted * np.nan_to_num(values_Q))
-        draws = self._draws @ np.stack([sums_G, self._by_group(counted)], axis=1)
-        means = draws[:, 0] / np.where(draws[:, 1] > 0, draws[:, 1], np.nan)
-        low, high = np.nanpercentile(100 * means, [2.5, 97.5])
+        strata = np.zeros(len(values_Q), dtype=np.int64) if strata_Q is None else strata_Q
+        means = []
+        for stratum in np.unique(strata[~np.isnan(values_Q)]):
+            counted = (strata == stratum) & ~np.isnan(values_Q)
+            sums_G = self._by_group(np.where(counted, values_Q, 0.0))
+            draws = self._draws @ np.stack([sums_G, self._by_group(counted)], axis=1)
+            means.append(draws[:, 0] / np.where(draws[:, 1] > 0, draws[:, 1], np.nan))
+        low, high = np.nanpercentile(100 * np.mean(means, axis=0), [2.5, 97.5])
         return round(float(low), 3), round(float(high), 3)
 
     def _by_group(self, values_Q: Floats) -> Floats:
@@ -74,9 +76,9 @@ class Bootstrap:
 
 
 def compare(
-    hits_Q: Ints, other_Q: Ints, metric: str, bootstrap: Bootstrap, weights_Q: Floats | None = None
+    hits_Q: Ints, other_Q: Ints, metric: str, bootstrap: Bootstrap, strata_Q: Ints | None = None
 ) -> Paired:
-    """Compare two systems' hits query by query; weights as in `Bootstrap.interval`."""
+    """Compare two systems' hits query by query; strata as in `Bootstrap.interval`."""
     difference_Q = (hits_Q - other_Q).astype(np.float64)
     win, loss = int((difference_Q > 0).sum()), int((difference_Q < 0).sum())
     return Paired(
@@ -84,8 +86,8 @@ def compare(
         win=win,
         tie=len(hits_Q) - win - loss,
         loss=loss,
-        diff=round(float(100 * np.average(difference_Q, weights=weights_Q)), 3),
-        ci95=bootstrap.interval(difference_Q, weights_Q),
+        diff=round(100 * stratified_mean(difference_Q, strata_Q), 3),
+        ci95=bootstrap.interval(difference_Q, strata_Q),
         p=_randomisation(win, loss),
     )
 

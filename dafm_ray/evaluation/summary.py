@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dafm_ray.evaluation.metrics import Floats, Ints, TargetRanks
+from dafm_ray.evaluation.metrics import Floats, Ints, TargetRanks, stratified_mean
 from dafm_ray.evaluation.protocols import Protocol
 
 
@@ -52,17 +52,16 @@ class Summary:
         categories: (Q,) category of each query, used by macro protocols.
 
     Attributes:
-        weights: (Q,) weight of each query in a mean: one, or what gives every category the same.
+        strata: (Q,) number of each query's category under a macro protocol, else None.
     """
 
     def __init__(self, system: SystemRanks, protocol: Protocol, categories: Sequence[str]) -> None:
         self.system = system
         self.protocol = protocol
-        self.weights = np.ones(len(categories))
         names, category_of = np.unique(np.array(categories, dtype=object), return_inverse=True)
         self._queries_of = {name: np.flatnonzero(category_of == n) for n, name in enumerate(names)}
-        if protocol.macro:
-            self.weights = 1 / np.bincount(category_of)[category_of]
+        self.strata: Ints | None = category_of if protocol.macro else None
+        self._count = len(categories)
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -91,13 +90,13 @@ class Summary:
 
     @cached_property
     def values(self) -> dict[str, Floats]:
-        """Metric -> (Q,) per-query values whose weighted mean is the metric / 100; NaN where a
-        query is not of the column's category.
+        """Metric -> (Q,) per-query values whose mean over `strata` is the metric / 100; NaN
+        where a query is not of the column's category.
         """
         found: dict[str, Floats] = {}
         for column in self.columns:
             category = column.rpartition(" ")[0]
-            values = np.full(len(self.weights), np.nan)
+            values = np.full(self._count, np.nan)
             values[self._queries_of[category] if category else slice(None)] = self.hits(column)
             found[column] = values
         for k in self.protocol.average_precisions:
@@ -108,8 +107,7 @@ class Summary:
 
     def percent(self, metric: str) -> float:
         """The metric in percent; under a macro protocol the mean over categories."""
-        counted = ~np.isnan(self.values[metric])
-        return float(100 * np.average(self.values[metric][counted], weights=self.weights[counted]))
+        return 100 * stratified_mean(self.values[metric], self.strata)
 
     def total_hits(self) -> dict[str, dict[str, int | float]]:
         """Hit counts by luck: stored order, best, worst, expected under random ties."""

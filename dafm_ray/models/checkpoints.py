@@ -19,8 +19,8 @@ PACKAGE_SCHEME = "package://"
 """`package://some.package/file.safetensors`: weights that ship inside a Python package."""
 
 _NAMES_SHOWN = 5
-_MAGIC = (b"PK", b"\x80\x02")
-"""First bytes of what torch.save writes, now and before version 1.6."""
+_MAGIC = (b"P", b"\x80")
+"""First byte of what torch.save writes now (zip), and of any pickle, as it wrote before 1.6."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _read_pickle_free(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         with path.open("rb") as file:
-            if file.read(2) not in _MAGIC:
+            if file.read(1) not in _MAGIC:
                 raise DataError(f"{path} is not a readable checkpoint") from None
         raise DataError(
             f"{path} holds pickled Python objects, and loading them would run code from the file. "

@@ -207,7 +207,9 @@ def towers_of(checkpoint: Checkpoint) -> tuple[nn.Module, TowerSizes]:
     if "sizes" in checkpoint.metadata:
         sizes = TowerSizes.from_json(checkpoint.metadata["sizes"])
     else:
-        sizes = TowerSizes.from_weights(tensors, checkpoint.metadata.get("text_heads"))
+        sizes = TowerSizes.from_weights(
+            tensors, checkpoint.metadata.get("text_heads"), checkpoint.where
+        )
     return load_towers(tensors, sizes, checkpoint.where), sizes
 
 

@@ -40,17 +40,23 @@ class TowerSizes:
     text_layers: int
 
     @staticmethod
-    def from_weights(tensors: Mapping[str, Tensor], text_heads: int | None = None) -> "TowerSizes":
+    def from_weights(
+        tensors: Mapping[str, Tensor], text_heads: int | None = None, where: str = "the file"
+    ) -> "TowerSizes":
         """Read the sizes off the tensors' shapes.
 
         Args:
             tensors: a CLIP state dict in OpenAI's layout.
             text_heads: not stored in a state dict; CLIP's rule is width / 64.
+            where: they come from, for messages.
+
+        Raises:
+            DataError: a tensor that says a size is missing.
         """
         try:
             return _sizes(tensors, text_heads)
         except KeyError as error:
-            raise DataError(f"not CLIP weights: {error} is missing") from None
+            raise DataError(f"{where} holds no CLIP weights: {error} is missing") from None
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "TowerSizes":

@@ -184,7 +184,7 @@ def _table(
                 kind=summary.system.kind,
                 queries=len(queries),
                 metrics={m: round(summary.percent(m), 4) for m in summary.values},
-                ci95={m: bootstrap.interval(v, summary.weights) for m, v in summary.values.items()},
+                ci95={m: bootstrap.interval(v, summary.strata) for m, v in summary.values.items()},
                 hits=luck["hits"],
                 hits_best=luck["hits_best"],
                 hits_worst=luck["hits_worst"],
@@ -195,7 +195,7 @@ def _table(
                         other.hits(HEADLINE),
                         HEADLINE,
                         bootstrap,
-                        summary.weights,
+                        summary.strata,
                     )
                     for other in against
                     if other is not summary

@@ -47,22 +47,21 @@ def test_the_same_seed_gives_the_same_interval():
     assert Bootstrap([""] * 50, 1).interval(values) == Bootstrap([""] * 50, 1).interval(values)
 
 
-def test_weights_and_uncounted_queries_enter_the_interval_as_the_mean():
-    """Twenty queries of one category and eighty of another count half each."""
+def test_categories_count_alike_in_the_interval():
+    """Two hundred queries of one category and eight hundred of another count half each."""
     rng = np.random.default_rng(1)
     small, large = rng.random(200) < 0.9, rng.random(800) < 0.1
     values = np.concatenate([small, large, [np.nan] * 50]).astype(float)
-    weights = np.array([1 / 200] * 200 + [1 / 800] * 800 + [1.0] * 50)
-    low, high = Bootstrap([""] * 1050).interval(values, weights)
+    strata = np.array([0] * 200 + [1] * 800 + [0] * 50)
+    low, high = Bootstrap([""] * 1050).interval(values, strata)
     mean = 50 * (small.mean() + large.mean())
     assert low < mean < high
     spread = 50 * np.sqrt(0.9 * 0.1 / 200 + 0.1 * 0.9 / 800)
     assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.15)
 
 
-def test_a_weighted_difference_is_the_difference_of_weighted_means():
-    one, other = np.array([1, 1, 0, 0]), np.array([0, 1, 1, 0])
-    weights = np.array([1.0, 1.0, 0.5, 0.5])
-    paired = compare(one, other, "R@10", Bootstrap([""] * 4), weights)
-    assert paired.diff == pytest.approx(100 * (1 - 0.5) / 3, abs=1e-3)
+def test_a_difference_is_that_of_the_categories_means():
+    one, other = np.array([1, 1, 0, 0, 0]), np.array([0, 1, 1, 0, 0])
+    paired = compare(one, other, "R@10", Bootstrap([""] * 5), np.array([0, 0, 1, 1, 1]))
+    assert paired.diff == pytest.approx(100 * (1 / 2 - 1 / 3) / 2, abs=1e-3)
     assert (paired.win, paired.loss) == (1, 1)

@@ -54,7 +54,7 @@ def test_sizes_of_a_vision_transformer_are_read_off_the_weights():
 
 
 def test_other_weights_are_refused():
-    with pytest.raises(DataError, match="not CLIP weights"):
+    with pytest.raises(DataError, match="holds no CLIP weights"):
         TowerSizes.from_weights({"weight": torch.zeros(1)})
 
 
