@@ -85,3 +85,16 @@ def test_files_that_are_no_configuration(file, text):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot read the configuration"):
         load_config(EvaluateConfig, tmp_path / "no.yaml")
+
+
+def test_an_evaluation_names_one_store_or_several(tmp_path):
+    file = tmp_path / "evaluate.yaml"
+    file.write_text("store: [a, b]\ntune_on: c\nout: d\n")
+    config = load_config(EvaluateConfig, file)
+    assert (config.stores, config.tuning_stores) == (("a", "b"), ("c",))
+    file.write_text("store: a\nout: d\n")
+    config = load_config(EvaluateConfig, file)
+    assert (config.stores, config.tuning_stores) == (("a",), ())
+    file.write_text("store: []\nout: d\n")
+    with pytest.raises(ConfigError, match="name at least one"):
+        load_config(EvaluateConfig, file)

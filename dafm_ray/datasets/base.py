@@ -155,7 +155,7 @@ class Dataset:
     category: str = ""
 
     def __post_init__(self) -> None:
-        where = " ".join(part for part in (self.name, self.split, self.category) if part)
+        where = title_of(self.name, self.split, self.category)
         if not len(self.gallery) or not self.queries:
             raise DataError(
                 f"{where} has {len(self.gallery)} images and {len(self.queries)} queries; "
@@ -192,6 +192,11 @@ class Draft:
     category: str = ""
     problems: tuple[Finding, ...] = ()
 
+    @property
+    def title(self) -> str:
+        """Name, split and category, as `fashioniq val dress`."""
+        return title_of(self.name, self.split, self.category)
+
     def contradictions(self) -> Iterator[Finding]:
         """Everything that keeps this from being a data set, entry by entry."""
         yield from self.problems
@@ -203,8 +208,9 @@ class Draft:
         Raises:
             DataError: the first contradiction.
         """
-        for finding in self.contradictions():
-            raise DataError(finding.detail)
+        for problem in self.problems:
+            raise DataError(problem.detail)
+        refuse_duplicates([id for id, _ in self.images], f"{self.title}: image")
         return Dataset(
             name=self.name,
             split=self.split,
@@ -215,6 +221,11 @@ class Draft:
             source=self.source,
             category=self.category,
         )
+
+
+def title_of(name: str, split: str, category: str) -> str:
+    """What a data set is called in tables and messages."""
+    return " ".join(part for part in (name, split, category) if part)
 
 
 def contradictions(images: Sequence[str], queries: Sequence[Query]) -> Iterator[Finding]:

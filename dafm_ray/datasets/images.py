@@ -41,6 +41,10 @@ def decode(data: bytes) -> Image.Image:
                 raise ImageError(f"{width} x {height} pixels, more than {MAX_PIXELS} allowed")
             opened.load()
             image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):
+                image = _to_eight_bits(image)
+            elif image.mode not in _PLAIN_MODES:
+                image = image.convert("RGB")
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -49,7 +53,7 @@ def decode(data: bytes) -> Image.Image:
         raise ImageError(str(error)) from None
     except Exception as error:  # Pillow's plugins raise whatever a broken file makes them
         raise ImageError(f"cannot be decoded: {error}") from None
-    return _to_eight_bits(image) if image.mode.startswith("I") else image
+    return image
 
 
 def oddities(data: bytes) -> tuple[str, ...]:
@@ -62,9 +66,8 @@ def oddities(data: bytes) -> tuple[str, ...]:
         found = [text for mode, text in _ODD_MODES.items() if opened.mode == mode]
         if opened.mode.startswith("I"):
             found.append("16 bits a pixel: scaled to 8")
-        frames = getattr(opened, "n_frames", 1)
-        if frames > 1:
-            found.append(f"{frames} frames: the first is used")
+        if getattr(opened, "is_animated", False):
+            found.append("several frames: the first is used")
         orientation = opened.getexif().get(_ORIENTATION, 1)
         if orientation in range(2, 9):
             found.append(f"EXIF orientation {orientation}: applied")
@@ -72,9 +75,13 @@ def oddities(data: bytes) -> tuple[str, ...]:
 
 
 _ORIENTATION = 0x0112
+_PLAIN_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "F"})
 _ODD_MODES = {
     "CMYK": "CMYK: converted to RGB by the model",
     "P": "palette: converted to RGB by the model",
+    "RGBA": "transparency: dropped by the model",
+    "LA": "transparency: dropped by the model",
+    "F": "floating point: clipped to 8 bits by the model",
 }
 
 

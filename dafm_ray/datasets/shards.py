@@ -7,6 +7,7 @@ Shards lie on this machine or on any pyarrow filesystem.
 
 import functools
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -37,8 +38,8 @@ _BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class TarImages:
-    """Images in uncompressed tar files; a locator is `shard:offset:size`.
+class ShardedImages(ABC):
+    """Images in shards; the empty locator stands for an image that no shard holds.
 
     Attributes:
         filesystem: where the shards lie.
@@ -56,13 +57,23 @@ class TarImages:
         """Read one image by its place."""
         if not locator:
             raise ImageError("no shard holds it")
-        shard, offset, size = (int(number) for number in locator.split(":"))
+        shard, *place = (int(number) for number in locator.split(":"))
+        return self._read(shard, *place)
+
+    @abstractmethod
+    def _read(self, shard: int, first: int, second: int) -> bytes: ...
+
+
+class TarImages(ShardedImages):
+    """Images in uncompressed tar files; a locator is `shard:offset:size`."""
+
+    def _read(self, shard: int, first: int, second: int) -> bytes:
         try:
             with self.filesystem.open_input_file(self.shards[shard]) as file:
-                data: bytes = file.read_at(size, offset)
+                data: bytes = file.read_at(second, first)
         except OSError as error:
             raise ImageError(f"{self.shards[shard]} cannot be read: {error}") from None
-        if len(data) < size:
+        if len(data) < second:
             raise ImageError(f"{self.shards[shard]} ends inside this image")
         return data
 
@@ -75,24 +86,15 @@ class RowGroup:
     number: int
 
 
-@dataclass(frozen=True)
-class ParquetImages:
-    """Images in Parquet files; a locator is `shard:row group:row`."""
+class ParquetImages(ShardedImages):
+    """Images in Parquet files; a locator is `shard:row group:row`.
 
-    filesystem: fs.FileSystem
-    shards: tuple[str, ...]
+    Opening one image is slow, since everything before it in its row group is read.
+    """
 
-    def open(self, locator: str) -> Image.Image:
-        """Read and decode one image; slow, since everything before it in its row group is read."""
-        return decode(self.read(locator))
-
-    def read(self, locator: str) -> bytes:
-        """Read one image; slow, as `open`."""
-        if not locator:
-            raise ImageError("no shard holds it")
-        shard, number, wanted = (int(part) for part in locator.split(":"))
-        for row, (_, data) in enumerate(self.stream(RowGroup(shard, number))):
-            if row == wanted:
+    def _read(self, shard: int, first: int, second: int) -> bytes:
+        for row, (_, data) in enumerate(self.stream(RowGroup(shard, first))):
+            if row == second:
                 return data
         raise ImageError(f"{self.shards[shard]} has no such row")
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from dafm_ray.datasets.base import ReferencePolicy, digest
+from dafm_ray.datasets.base import ReferencePolicy, digest, title_of
 from dafm_ray.errors import DataError
 
 FORMAT = 1
@@ -84,8 +84,8 @@ class Manifest:
     @property
     def title(self) -> str:
         """Data set, split and category, as `fashioniq val dress`."""
-        parts = (self.dataset["name"], self.dataset["split"], self.dataset.get("category"))
-        return " ".join(part for part in parts if part)
+        spec = self.dataset
+        return title_of(spec["name"], spec["split"], spec.get("category", ""))
 
     def to_bytes(self) -> pa.Buffer:
         """Canonical JSON with a digest of itself: any flipped bit shows."""

@@ -2,15 +2,23 @@
 
 import boto3
 import numpy as np
+import pyarrow as pa
 import pytest
 from moto.server import ThreadedMotoServer
 
+from dafm_ray.datasets.shards import open_shards
 from dafm_ray.errors import DataError
 from dafm_ray.tiles.lease import writing
 from dafm_ray.tiles.manifest import Grid, ModelEntry
 from dafm_ray.tiles.storage import open_storage
 from dafm_ray.tiles.store import TileStore, score_key
-from tests.samples import labelled_dataset, score_store
+from tests.samples import (
+    image_folder,
+    labelled_dataset,
+    parquet_shard,
+    score_store,
+    tar_shard,
+)
 
 
 @pytest.fixture
@@ -46,6 +54,22 @@ def test_damage_on_s3_is_found(bucket):
     store.storage.write(path, memoryview(bytes(data)))
     with pytest.raises(DataError, match="damaged"):
         TileStore(bucket).read(key)
+
+
+def test_shards_on_s3_are_read_in_place(bucket, tmp_path):
+    root = image_folder(tmp_path / "own", images=6, queries=2)
+    members = [(path.name, path.read_bytes()) for path in sorted(root.glob("*.png"))]
+    tar_shard(tmp_path / "0.tar", members[:4])
+    tar_shard(tmp_path / "1.tar", members[4:])
+    parquet_shard(tmp_path / "x.parquet", members)
+    storage = open_storage(bucket)
+    for name in ("0.tar", "1.tar", "x.parquet"):
+        storage.write(name, pa.py_buffer((tmp_path / name).read_bytes()))
+    place, _, options = bucket.partition("?")
+    for pattern in ("*.tar", "x.parquet"):
+        source, places = open_shards(f"{place}/{pattern}?{options}")
+        for name, data in members:
+            assert source.read(places[name]) == data
 
 
 def test_the_lease_on_s3(bucket):
