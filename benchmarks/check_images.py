@@ -22,7 +22,7 @@ from dafm_ray.session import ensure_ray
 
 IMAGES = int(os.environ.get("DAFM_BENCH_IMAGES", "10000"))
 SIZE = (400, 300)
-BARE = 2000
+BARE = 10_000
 CPUS = os.cpu_count() or 1
 
 
@@ -35,10 +35,10 @@ def run() -> float:
             list(pool.map(_write, [root] * len(chunks), chunks))
             query = '{"id": "q", "reference": "000000.jpg", "text": "x", "target": "000001.jpg"}'
             (root / "queries.jsonl").write_text(query)
-            parts = [range(n, BARE, CPUS) for n in range(CPUS)]
+            parts = [range(n, min(BARE, IMAGES), CPUS) for n in range(CPUS)]
             started = time.perf_counter()
             list(pool.map(_bare, [root] * len(parts), parts))
-            bare = BARE / (time.perf_counter() - started)
+            bare = min(BARE, IMAGES) / (time.perf_counter() - started)
         ensure_ray()
         with _Memory() as memory:
             found = check(DatasetConfig("folder", root=folder))

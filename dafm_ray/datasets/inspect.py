@@ -5,17 +5,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import xxhash
 from PIL import Image
 
 from dafm_ray.datasets.base import ImageSource
 from dafm_ray.datasets.images import ImageError, StoredImages, decode, oddities
 from dafm_ray.datasets.shards import ParquetImages, RowGroup
-from dafm_ray.session import Row, ensure_ray, explained, finished, quiet_data
+from dafm_ray.session import Row, available_cpus, ensure_ray, explained, finished, quiet_data
 
-CHUNK = 128
-"""Images of one task."""
+CHUNKS = (64, 1024)
+"""Images of one task, at least and at most: enough to pay for the task, few enough for all CPUs."""
+
+TASKS_PER_CPU = 8
 
 Part = tuple[str, ...] | RowGroup
 """What a task reads: locators, or a row group of a Parquet shard."""
@@ -46,12 +47,12 @@ def inspect_images(source: ImageSource, locators: Sequence[str]) -> Iterator[lis
     """
     import ray.data
 
-    parts: list[Part] = list(_chunks(locators))
-    if isinstance(source, ParquetImages):
-        parts = list(source.row_groups())
-    if not parts:
+    if not locators:
         return
     ensure_ray()
+    parts: list[Part] = list(_chunks(locators, available_cpus()))
+    if isinstance(source, ParquetImages):
+        parts = list(source.row_groups())
     quiet_data()
     rows = [{"part": pickle.dumps(part)} for part in parts]
     stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
@@ -61,9 +62,11 @@ def inspect_images(source: ImageSource, locators: Sequence[str]) -> Iterator[lis
         yield pickle.loads(row["found"])
 
 
-def _chunks(locators: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    for start in range(0, len(locators), CHUNK):
-        yield tuple(locators[start : start + CHUNK])
+def _chunks(locators: Sequence[str], cpus: float) -> Iterator[tuple[str, ...]]:
+    smallest, largest = CHUNKS
+    size = min(max(int(len(locators) / (TASKS_PER_CPU * cpus)), smallest), largest)
+    for start in range(0, len(locators), size):
+        yield tuple(locators[start : start + size])
 
 
 def inspect_part(row: Row, source: ImageSource) -> Row:
@@ -99,5 +102,6 @@ def inspect(locator: str, data: bytes) -> Inspection:
 
 def pixel_digest(image: Image.Image) -> bytes:
     """Digest of what a model sees: the size and the RGB pixels."""
-    pixels = np.asarray(image.convert("RGB"))
-    return xxhash.xxh3_128_digest(pixels.tobytes() + repr(pixels.shape).encode())
+    hasher = xxhash.xxh3_128(repr(image.size).encode())
+    hasher.update((image if image.mode == "RGB" else image.convert("RGB")).tobytes())
+    return hasher.digest()

@@ -368,6 +368,9 @@ def test_bad_images_are_listed_with_their_reasons_and_the_rest_is_done(tmp_path,
     names = [f"{n:03d}.png" for n in range(8)] + [
         name for name in (*ODD_NAMES, *UNUSABLE) if "\n" not in name
     ]
+    with (root / "queries.jsonl").open("a", encoding="utf-8") as queries:
+        named = query(9, reference=ODD_NAMES[0], target=LONG)
+        queries.write("\n" + json.dumps(named, ensure_ascii=False))
     (root / "gallery.txt").write_text("\n".join(names), encoding="utf-8")
     assert main(job(tmp_path, f"{{name: folder, root: {root}}}")) == 4
     assert f"{len(UNUSABLE)} items could not be used" in capsys.readouterr().err
