@@ -222,7 +222,7 @@ def _tiles_info(arguments: argparse.Namespace) -> int:
 
     store = TileStore(arguments.store)
     manifest = store.manifest
-    print(f"{store.uri}: {manifest.dataset}, protocol {manifest.protocol}")
+    print(f"{store.uri}: {manifest.title}, protocol {manifest.protocol}")
     print(
         f"{manifest.queries_size} queries x {manifest.gallery_size} images, "
         f"{manifest.score_type}, tiles {manifest.grid.tile_queries} x "

@@ -17,8 +17,14 @@ from dafm_ray.errors import DataError
 
 ReferencePolicy = Literal["mask", "keep"]
 
-PROTOCOLS = ("cirr", "fashioniq", "fashioniq-val-split", "folder")
-"""Labels of the evaluation protocols; `evaluation.protocols` says which numbers each has."""
+PROTOCOLS: dict[str, ReferencePolicy | None] = {
+    "cirr": "mask",
+    "fashioniq": "keep",
+    "fashioniq-val-split": "keep",
+    "folder": None,
+}
+"""Labels of the evaluation protocols and the policy each prescribes, if it does;
+`evaluation.protocols` says which numbers each has."""
 
 
 class ImageSource(Protocol):

@@ -14,7 +14,7 @@ from itertools import combinations
 
 from dafm_ray.config import DatasetConfig
 from dafm_ray.datasets.base import Draft, Finding, ImageSource, Query
-from dafm_ray.datasets.inspect import Inspection, inspect_images
+from dafm_ray.datasets.inspection import Inspection, inspect_images
 from dafm_ray.datasets.order import JUDGED, OrderLeak, order_leak
 from dafm_ray.datasets.registry import dataset_entry, missing_folder, read_dataset
 from dafm_ray.datasets.shards import open_shards

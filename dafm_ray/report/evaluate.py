@@ -27,7 +27,7 @@ from dafm_ray.progress import progress
 from dafm_ray.report import cases as case_studies
 from dafm_ray.report.page import render
 from dafm_ray.report.tables import Row, Table, to_csv, to_latex, to_markdown
-from dafm_ray.tiles.manifest import Manifest
+from dafm_ray.tiles.manifest import Manifest, joint_title
 from dafm_ray.tiles.store import TileStore
 from dafm_ray.tiles.unpack import unpacked
 
@@ -80,7 +80,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     table = _table(manifests, counted, summaries, config.seed)
     failures = [failure for store in stores for failure in store.failures()]
     cases, pictures = _cases(stores, systems, parts, config)
-    page = render(table, manifests, cases, pictures, failures, _notes(table, systems))
+    page = render(table, manifests, cases, pictures, failures, _notes(table, systems, summaries))
     out = Path(config.out)
     with refusals(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,6 @@ def _table(
 
 def _caption(manifests: Sequence[Manifest], queries: Sequence[Query]) -> str:
     first = manifests[0]
-    names = ", ".join(dict.fromkeys(manifest.title for manifest in manifests))
     roots = dict.fromkeys(manifest.dataset.get("root") for manifest in manifests)
     places = "".join(f" {root}" for root in roots if root)
     policy = "masked" if first.policy == "mask" else "kept"
@@ -224,14 +223,15 @@ def _caption(manifests: Sequence[Manifest], queries: Sequence[Query]) -> str:
             else f" One category alone ({shares} queries), no mean over categories."
         )
     return (
-        f"{names}{places}, protocol {first.protocol}, reference {policy}, {len(queries):,} queries"
+        f"{joint_title(manifests)}{places}, protocol {first.protocol}, reference {policy}, "
+        f"{len(queries):,} queries"
         f"{f' ({unlabelled:,} more have no target)' if unlabelled else ''}, {several} of "
         f"{sizes} images.{macro}"
     )
 
 
-def _notes(table: Table, systems: Sequence[Fusion]) -> list[str]:
-    """The summary: what wins, by how much, and where the convex weights come from."""
+def _notes(table: Table, systems: Sequence[Fusion], summaries: Sequence[Summary]) -> list[str]:
+    """The summary: what wins, by how much, where the convex weights come from, what is missing."""
     by_name = {row.name: row for row in table.rows}
     best = max(table.rows, key=lambda row: row.metrics[HEADLINE])
     single = by_name[table.baseline]
@@ -251,6 +251,13 @@ def _notes(table: Table, systems: Sequence[Fusion]) -> list[str]:
         if isinstance(system, Convex):
             shares = ", ".join(f"{name} {weight:.2f}" for name, weight in system.weights.items())
             notes.append(f"Convex weights, searched on {system.searched_on}: {shares}.")
+    for summary in summaries:
+        unscored = int((summary.system.ranks.stored == UNRANKED).sum())
+        if unscored:
+            notes.append(
+                f"{summary.system.name} did not score the target of {unscored:,} queries; they "
+                "count as misses."
+            )
     return notes
 
 

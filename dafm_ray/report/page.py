@@ -7,7 +7,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from dafm_ray.evaluation.protocols import HEADLINE
 from dafm_ray.report.cases import Case
 from dafm_ray.report.tables import Table
-from dafm_ray.tiles.manifest import Manifest
+from dafm_ray.tiles.manifest import Manifest, joint_title
 from dafm_ray.tiles.store import Failure
 
 _FAILURES_SHOWN = 50
@@ -41,6 +41,11 @@ def render(
     return environment.get_template("page.html.j2").render(
         table=table,
         manifests=manifests,
+        title=joint_title(manifests),
+        models={
+            name: list(dict.fromkeys(manifest.models[name] for manifest in manifests))
+            for name in sorted(manifests[0].models)
+        },
         cases=cases,
         pictures=pictures,
         failures=failures[:_FAILURES_SHOWN],

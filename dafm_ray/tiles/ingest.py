@@ -69,6 +69,12 @@ class ScoresConfig:
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
             raise ConfigError(unknown("protocol", self.protocol, PROTOCOLS))
+        prescribed = PROTOCOLS[self.protocol]
+        if prescribed not in (None, self.reference):
+            raise ConfigError(
+                f"protocol {self.protocol!r} has the reference {prescribed!r}, "
+                f"scores.json says {self.reference!r}; one number means one protocol"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a store holds, fixed at its first run."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal
@@ -114,6 +115,15 @@ class Manifest:
         values["grid"] = Grid(**values["grid"])
         values["models"] = {name: ModelEntry(**entry) for name, entry in values["models"].items()}
         return Manifest(**values)
+
+
+def joint_title(manifests: Sequence[Manifest]) -> str:
+    """What stores are called together, as `fashioniq val dress, shirt, toptee`."""
+    heads = {title_of(m.dataset["name"], m.dataset["split"], "") for m in manifests}
+    categories = list(dict.fromkeys(m.dataset.get("category", "") for m in manifests))
+    if len(heads) == 1:
+        return title_of(heads.pop(), "", ", ".join(categories))
+    return ", ".join(dict.fromkeys(manifest.title for manifest in manifests))
 
 
 def library_versions() -> dict[str, str]:

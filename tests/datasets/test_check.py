@@ -11,7 +11,7 @@ from dafm_ray.config import DatasetConfig
 from dafm_ray.datasets.check import check
 from dafm_ray.datasets.check_table import to_json, to_text
 from dafm_ray.datasets.fashioniq import PUBLISHED
-from dafm_ray.datasets.inspect import inspect, pixel_digest
+from dafm_ray.datasets.inspection import inspect, pixel_digest
 from tests.datasets.test_cirr import entry
 from tests.datasets.test_cirr import layout as cirr_layout
 from tests.datasets.test_fashioniq import TRIPLETS

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dafm_ray.config import DatasetConfig, EvaluateConfig
-from dafm_ray.datasets.base import Dataset
+from dafm_ray.datasets.base import Dataset, Gallery
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.report.evaluate import evaluate
 from dafm_ray.tiles.ingest import ingest
@@ -215,6 +215,7 @@ def test_ids_that_do_not_align_are_named(tmp_path, name, edit, message):
         (lambda s: {**s, "protocl": "cirr"}, "unknown key 'protocl'; did you mean 'protocol'"),
         (lambda s: {**s, "protocol": "circo"}, "no protocol 'circo'"),
         (lambda s: {**s, "reference": "drop"}, "'reference'"),
+        (lambda s: {**s, "reference": "keep"}, "protocol 'cirr' has the reference 'mask'"),
         (lambda s: {"dataset": "x"}, "is missing"),
     ],
 )
@@ -233,6 +234,18 @@ def test_infinite_scores_are_named(tmp_path):
     np.save(folder / "a.npy", scores)
     with pytest.raises(DataError, match=f"query '{dataset.queries[4].id}' is infinite"):
         ingest(str(folder), str(tmp_path / "s"))
+
+
+def test_targets_that_a_system_did_not_score_are_said(tmp_path):
+    dataset = labelled_dataset(20, 10)
+    folder = score_folder(tmp_path / "f", dataset, models=("a",))
+    scores = np.load(folder / "a.npy")
+    for q in (1, 5):
+        scores[q, dataset.gallery.position(dataset.queries[q].targets[0])] = np.nan
+    np.save(folder / "a.npy", scores)
+    uri = ingest(str(folder), str(tmp_path / "s")).store.uri
+    report = evaluate(EvaluateConfig(store=uri, out=str(tmp_path / "r"), fusions=())).report
+    assert "a did not score the target of 2 queries; they count as misses." in report.read_text()
 
 
 def test_folders_without_scores_are_named(tmp_path):
@@ -293,7 +306,45 @@ def test_fashioniq_policy_keeps_the_reference_and_averages_categories(tmp_path):
         assert row.metrics["Rmean"] == pytest.approx(mean, abs=1e-3)
     text = (out / "table.md").read_text()
     assert text.count("| fashioniq |") == 3
+    joined = evaluate(
+        EvaluateConfig(store=one_matrix(tmp_path, uris), out=str(tmp_path / "j"), fusions=("rrf",))
+    ).table
+    assert [row.hits for row in joined.rows] == [row.hits for row in table.rows]
+    assert [row.metrics for row in joined.rows] == [row.metrics for row in table.rows]
     alone = evaluate(EvaluateConfig(store=uris[0], out=str(tmp_path / "one"), fusions=())).table
     assert "One category alone (dress 20 queries), no mean" in alone.caption
     with pytest.raises(DataError, match="stands twice"):
         evaluate(EvaluateConfig(store=(uris[0], uris[0]), out=str(tmp_path / "x")))
+
+
+def one_matrix(tmp_path: Path, uris: list[str]) -> str:
+    """The same categories in one matrix: what is not of a query's category is not scored."""
+    stores = [TileStore(uri) for uri in uris]
+    queries = [query for store in stores for query in store.queries]
+    ids = [id for store in stores for id in store.gallery_ids]
+    joined = labelled_dataset(2, 1, policy="keep")
+    joined = replace(
+        joined,
+        name="fashioniq",
+        gallery=Gallery.from_source(dict.fromkeys(ids, "")),
+        queries=tuple(queries),
+    )
+    spec = {"protocol": "fashioniq", "reference": "keep"}
+    folder = score_folder(tmp_path / "joined", joined, models=(), **spec)
+    change(
+        folder,
+        "queries",
+        lambda rows: [
+            {**row, "category": query.category}
+            for row, query in zip(rows, joined.queries, strict=True)
+        ],
+    )
+    row_of = {query.id: n for n, query in enumerate(joined.queries)}
+    for model in "ab":
+        scores = np.full((len(queries), len(ids)), np.nan, dtype=np.float32)
+        for store in stores:
+            columns = [joined.gallery.position(id) for id in store.gallery_ids]
+            for query, row in zip(store.queries, whole(store, model), strict=True):
+                scores[row_of[query.id], columns] = row
+        np.save(folder / f"{model}.npy", scores)
+    return ingest(str(folder), str(tmp_path / "joined-store")).store.uri

@@ -18,8 +18,8 @@ CHUNKS = (64, 1024)
 
 TASKS_PER_CPU = 8
 
-Part = tuple[str, ...] | RowGroup
-"""What a task reads: locators, or a row group of a Parquet shard."""
+Task = tuple[str, ...] | RowGroup
+"""What is read at once: locators, or a row group of a Parquet shard."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ def inspect_images(source: ImageSource, locators: Sequence[str]) -> Iterator[lis
     if not locators:
         return
     ensure_ray()
-    parts: list[Part] = list(_chunks(locators, available_cpus()))
+    tasks: list[Task] = list(_chunks(locators, available_cpus()))
     if isinstance(source, ParquetImages):
-        parts = list(source.row_groups())
+        tasks = list(source.row_groups())
     quiet_data()
-    rows = [{"part": pickle.dumps(part)} for part in parts]
+    rows = [{"task": pickle.dumps(task)} for task in tasks]
     stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        inspect_part, fn_kwargs={"source": source}, num_cpus=1
+        inspect_task, fn_kwargs={"source": source}, num_cpus=1
     )
     for row in map(finished, stream.iter_rows()):
         yield pickle.loads(row["found"])
@@ -69,19 +69,19 @@ def _chunks(locators: Sequence[str], cpus: float) -> Iterator[tuple[str, ...]]:
         yield tuple(locators[start : start + size])
 
 
-def inspect_part(row: Row, source: ImageSource) -> Row:
+def inspect_task(row: Row, source: ImageSource) -> Row:
     """Inspect the images of one task."""
     return explained(lambda: {"found": pickle.dumps(list(_inspect(row, source)))}, row)
 
 
 def _inspect(row: Row, source: ImageSource) -> Iterator[Inspection]:
-    part: Part = pickle.loads(row["part"])
-    if isinstance(part, RowGroup):
+    task: Task = pickle.loads(row["task"])
+    if isinstance(task, RowGroup):
         assert isinstance(source, ParquetImages)
-        for n, (_, data) in enumerate(source.stream(part)):
-            yield inspect(f"{part.shard}:{part.number}:{n}", data)
+        for n, (_, data) in enumerate(source.stream(task)):
+            yield inspect(f"{task.shard}:{task.number}:{n}", data)
         return
-    for locator in part:
+    for locator in task:
         try:
             if hasattr(source, "read"):
                 yield inspect(locator, cast(StoredImages, source).read(locator))
