@@ -60,7 +60,8 @@ class Checkpoint:
 
 
 def read_checkpoint(location: str) -> Checkpoint:
-    """Read `.safetensors`, `.pt` or `.pth` files; several are joined with `+`.
+    """Read `.safetensors`, `.pt` or `.pth` files; several are joined with `+`. A `.txt` among them
+    is a vocabulary, a word a line.
 
     Args:
         location: a path, a `package://` address, or several joined with `+`, as in
@@ -73,6 +74,9 @@ def read_checkpoint(location: str) -> Checkpoint:
     metadata: dict[str, Any] = {}
     for part in location.split("+"):
         path = _local_path(part)
+        if path.suffix == ".txt":
+            metadata["words"] = path.read_text(encoding="utf-8").splitlines()
+            continue
         if path.suffix == ".safetensors":
             read, header = _read_safetensors(path)
             metadata |= header

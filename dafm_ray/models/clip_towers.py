@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dafm_ray.errors import DataError
 from dafm_ray.models.checkpoints import load_strictly
+from dafm_ray.models.renaming import layers_below
 from dafm_ray.models.torchvision_ops import make_torchvision_importable
 
 START, END = 49406, 49407
@@ -26,6 +27,7 @@ class TowerSizes:
     Attributes:
         vision_layers: four block counts of a ResNet, or the depth of a ViT.
         patch_size: of a ViT; 0 for a ResNet.
+        vision_head_width: of the ViT's heads, or of a ResNet's attention pool.
     """
 
     embed_dim: int
@@ -38,6 +40,7 @@ class TowerSizes:
     text_width: int
     text_heads: int
     text_layers: int
+    vision_head_width: int = 64
 
     @staticmethod
     def from_weights(
@@ -80,12 +83,12 @@ def _sizes(tensors: Mapping[str, Tensor], text_heads: int | None) -> TowerSizes:
     if "visual.proj" in tensors:
         patch = first_conv.shape[-1]
         grid = round((tensors["visual.positional_embedding"].shape[0] - 1) ** 0.5)
-        layers: tuple[int, ...] | int = _count(tensors, "visual.transformer.resblocks")
+        layers: tuple[int, ...] | int = layers_below(tensors, "visual.transformer.resblocks.")
         width, image_size = first_conv.shape[0], patch * grid
     else:
         patch = 0
         grid = round((tensors["visual.attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
-        layers = tuple(_count(tensors, f"visual.layer{n}") for n in (1, 2, 3, 4))
+        layers = tuple(layers_below(tensors, f"visual.layer{n}.") for n in (1, 2, 3, 4))
         width, image_size = tensors["visual.layer1.0.conv1.weight"].shape[0], 32 * grid
     return TowerSizes(
         embed_dim=tensors["text_projection"].shape[1],
@@ -97,13 +100,8 @@ def _sizes(tensors: Mapping[str, Tensor], text_heads: int | None) -> TowerSizes:
         vocab_size=tensors["token_embedding.weight"].shape[0],
         text_width=text_width,
         text_heads=text_heads or max(text_width // 64, 1),
-        text_layers=_count(tensors, "transformer.resblocks"),
+        text_layers=layers_below(tensors, "transformer.resblocks."),
     )
-
-
-def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    start = len(prefix) + 1
-    return len({key[start:].split(".")[0] for key in tensors if key.startswith(f"{prefix}.")})
 
 
 def build_towers(sizes: TowerSizes) -> nn.Module:
@@ -116,6 +114,7 @@ def build_towers(sizes: TowerSizes) -> nn.Module:
         width=sizes.vision_width,
         patch_size=sizes.patch_size,
         image_size=sizes.image_size,
+        head_width=sizes.vision_head_width,
     )
     text = CLIPTextCfg(
         context_length=sizes.context_length,

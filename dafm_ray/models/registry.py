@@ -14,6 +14,10 @@ ENTRY_POINTS = "dafm_ray.models"
 
 FAMILIES = {
     "clip4cir": "dafm_ray.models.clip4cir:Clip4Cir",
+    "tgcir": "dafm_ray.models.tgcir:TgCir",
+    "blip4cir": "dafm_ray.models.blip4cir:Blip4Cir",
+    "biblip4cir": "dafm_ray.models.blip4cir:BiBlip4Cir",
+    "sprc": "dafm_ray.models.sprc:Sprc",
     "zeroshot": "dafm_ray.models.zeroshot:ZeroShot",
 }
 

@@ -1,0 +1,197 @@
+"""BLIP4CIR (Liu et al., TMLR 2024: stage 1 of candidate re-ranking) and Bi-BLIP4CIR (Liu et al.,
+WACV 2024), both on BLIP's towers.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from dafm_ray.models.base import FrozenModel, ModelId
+from dafm_ray.models.blip import (
+    BASE,
+    TINY,
+    BlipSizes,
+    BlipTowers,
+    load_blip,
+    sizes_of,
+)
+from dafm_ray.models.captions import join_capitalised
+from dafm_ray.models.checkpoints import Checkpoint, read_checkpoint
+from dafm_ray.models.clip4cir import Combiner, combiner_of, seeded
+from dafm_ray.models.preprocess import target_pad, to_tensor
+from dafm_ray.models.wordpieces import WordPieces
+
+FORWARD = "[FORWARD]"
+"""Bi-BLIP4CIR's tag of a query that goes from reference to target."""
+
+BI_MAX_LENGTH, LONGEST = 77, 512
+"""Tokens of a text in Bi-BLIP4CIR, and in any BERT."""
+
+
+class BlipWeights(nn.Module):
+    """Towers and, in Bi-BLIP4CIR, a Combiner."""
+
+    def __init__(self, towers: BlipTowers, combiner: Combiner | None = None) -> None:
+        super().__init__()
+        self.towers = towers
+        self.Combiner = combiner
+
+
+class BlipModel(FrozenModel):
+    """What both families share."""
+
+    module: BlipWeights
+
+    def __init__(
+        self, module: BlipWeights, sizes: BlipSizes, variant: str, words: WordPieces
+    ) -> None:
+        self.module = module
+        self.sizes = sizes
+        self.variant = variant
+        self.words = words
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """TargetPad 1.25, bicubic resize, centre crop, CLIP statistics."""
+        return to_tensor(image, self.sizes.image_size, target_pad)
+
+    def caption(self, captions: Sequence[str]) -> str:
+        """Stripped, the first capitalised, joined with " and "."""
+        return join_capitalised(captions)
+
+    def encode_gallery(self, images_B3HW: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D), L2-normalised."""
+        towers = self.module.towers
+        return F.normalize(towers.image_features(towers.image_tokens(images_B3HW)), dim=-1)
+
+    def tokens(self, texts_B: Sequence[str], max_length: int = LONGEST) -> tuple[Tensor, Tensor]:
+        """(B, T) ids and mask on the model's device."""
+        device = self.module.towers.temperature.device
+        ids_BT, mask_BT = self.words(texts_B, min(max_length, self.sizes.text_positions))
+        return ids_BT.to(device), mask_BT.to(device)
+
+    @staticmethod
+    def score(query_features: Tensor, gallery_features: Tensor) -> Tensor:
+        """Dot product of (Q, D) and (N, D)."""
+        return query_features @ gallery_features.T
+
+
+class Blip4Cir(BlipModel):
+    """`blip4cir:stage1`: the text attends to all tokens of its reference image."""
+
+    variants = ("stage1",)
+
+    @classmethod
+    def load(cls, model_id: ModelId) -> Self:
+        """Load the authors' file (key `BLIP_Retrieval`) or SPN4CIR's second stage."""
+        random = random_towers(model_id.weights)
+        if random is not None:
+            return cls(BlipWeights(random[0]), random[1], model_id.variant, random[2])
+        checkpoint = read_checkpoint(model_id.weights)
+        tensors = checkpoint.section("BLIP_Retrieval", "state_dict.blip", "blip")
+        sizes = sizes_of(tensors, checkpoint.where)
+        towers = load_blip(tensors, sizes, checkpoint.where)
+        return cls(BlipWeights(towers), sizes, model_id.variant, words_of(checkpoint))
+
+    def encode_queries(
+        self, references_R3HW: Tensor, reference_index_B: Tensor, captions_B: Sequence[str]
+    ) -> Tensor:
+        """L2(text_proj(first token)) of the text encoder with cross-attention, (B, D)."""
+        tokens_RPW = self.module.towers.image_tokens(references_R3HW)
+        ids_BT, mask_BT = self.tokens(captions_B)
+        ids_BT = ids_BT.clone()
+        ids_BT[:, 0] = self.words.encoder_token
+        return self.fuse(tokens_RPW[reference_index_B], ids_BT, mask_BT)
+
+    def fuse(self, image_tokens_BPW: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Reference tokens and a text that begins with `[ENC]` -> (B, D)."""
+        hidden_BTW = self.module.towers.text_hidden(ids_BT, mask_BT, image_tokens_BPW)
+        return F.normalize(self.module.towers.text_proj(hidden_BTW[:, 0]), dim=-1)
+
+
+class BiBlip4Cir(BlipModel):
+    """`biblip4cir:sum` and `biblip4cir:combiner`: image and text apart, then fused."""
+
+    variants = ("sum", "combiner")
+
+    @classmethod
+    def load(cls, model_id: ModelId) -> Self:
+        """Load `model_base.pth+tuned_blip.pt` and, for the Combiner, `+combiner.pt`."""
+        combined = model_id.variant == "combiner"
+        random = random_towers(model_id.weights)
+        if random is not None:
+            width = random[1].embed_dim
+            combiner = (
+                seeded(0, lambda: Combiner(width, 4 * width, 8 * width)) if combined else None
+            )
+            return cls(BlipWeights(random[0], combiner), random[1], model_id.variant, random[2])
+        return cls.of_checkpoint(read_checkpoint(model_id.weights), model_id.variant)
+
+    @classmethod
+    def of_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        variant: str,
+        image_size: int = BASE.image_size,
+        heads: tuple[int, int] | None = None,
+    ) -> Self:
+        """Build from the three parts; the image tower's positions are resized to `image_size`."""
+        image = checkpoint.section("BLIPImgEncoder", "model")
+        kept = ("visual_encoder.", "vision_proj.")
+        tensors = {key: value for key, value in image.items() if key.startswith(kept)}
+        tensors |= checkpoint.section("BLIPTextEncoder")
+        sizes = sizes_of(tensors, checkpoint.where, image_size, heads)
+        towers = load_blip(tensors, sizes, checkpoint.where)
+        combiner = combiner_of(checkpoint) if variant == "combiner" else None
+        return cls(BlipWeights(towers, combiner), sizes, variant, words_of(checkpoint))
+
+    def caption(self, captions: Sequence[str]) -> str:
+        """Joined as CLIP4CIR does, then `[FORWARD]` before every chunk between "and"."""
+        return tagged(join_capitalised(captions), FORWARD)
+
+    def encode_queries(
+        self, references_R3HW: Tensor, reference_index_B: Tensor, captions_B: Sequence[str]
+    ) -> Tensor:
+        """Sum: L2(image + text). Combiner: its output. (B, D)."""
+        towers = self.module.towers
+        image_RD = towers.image_features(towers.image_tokens(references_R3HW))
+        ids_BT, mask_BT = self.tokens(captions_B, BI_MAX_LENGTH)
+        text_BD = towers.text_proj(towers.text_hidden(ids_BT, mask_BT, None)[:, 0])
+        return self.fuse(image_RD[reference_index_B], text_BD)
+
+    def fuse(self, image_BD: Tensor, text_BD: Tensor) -> Tensor:
+        """Un-normalised features -> L2-normalised query features (B, D)."""
+        if self.module.Combiner is not None:
+            fused: Tensor = self.module.Combiner(image_BD, text_BD)
+            return fused
+        return F.normalize(image_BD + text_BD, dim=-1)
+
+
+def tagged(text: str, tag: str) -> str:
+    """Bi-BLIP4CIR's texts: the tag before every chunk after splitting on the substring "and"."""
+    return "and".join(f" {tag} {chunk}" for chunk in text.split("and"))
+
+
+def words_of(checkpoint: Checkpoint) -> WordPieces:
+    """The vocabulary that comes with the weights, or the published one."""
+    return WordPieces(checkpoint.metadata.get("words"))
+
+
+def random_towers(weights: str) -> tuple[BlipTowers, BlipSizes, WordPieces] | None:
+    """Random towers of the published or of a tiny size, for tests; None for weights of a file."""
+    if weights == "random":
+        return seeded(0, lambda: BlipTowers(BASE)), BASE, WordPieces()
+    if weights == "random-tiny":
+        words = tiny_vocabulary(TINY.vocab_size)
+        return seeded(0, lambda: BlipTowers(TINY)), TINY, WordPieces(words)
+    return None
+
+
+def tiny_vocabulary(size: int) -> list[str]:
+    """A vocabulary of letters and their continuations, padded to leave room for added tokens."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
+    words = [*special, *letters, *(f"##{letter}" for letter in letters)]
+    return words + [f"[unused{n}]" for n in range(size - len(words) - 2)]

@@ -1,0 +1,126 @@
+"""SPRC (Bai et al., ICLR 2024): sentence-level prompts from a Q-Former; also its second stage in
+SPN4CIR (Feng et al., ACM MM 2024), whose query side has weights of its own.
+
+A candidate is 32 vectors; a query's score is its best dot product with them.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from dafm_ray.models.base import FrozenModel, ModelId
+from dafm_ray.models.blip4cir import tiny_vocabulary, words_of
+from dafm_ray.models.captions import join_capitalised
+from dafm_ray.models.checkpoints import read_checkpoint
+from dafm_ray.models.clip4cir import seeded
+from dafm_ray.models.preprocess import target_pad, to_tensor
+from dafm_ray.models.qformer import (
+    EVA_G,
+    TINY,
+    PromptedQFormer,
+    QFormerSizes,
+    load_qformer,
+    sizes_of,
+)
+from dafm_ray.models.wordpieces import WordPieces
+
+AUTHORS_KEY = "Blip2QformerCirAlignPrompt"
+TEXT_LENGTH = 32
+SCORES_AT_ONCE = 1 << 22
+"""Dot products held before their maximum is taken, per block of candidates."""
+
+
+class Sprc(FrozenModel):
+    """`sprc:base`, and `sprc:spn` for files of SPN4CIR's second stage."""
+
+    variants = ("base", "spn")
+    module: PromptedQFormer
+
+    def __init__(
+        self, module: PromptedQFormer, sizes: QFormerSizes, variant: str, words: WordPieces
+    ) -> None:
+        self.module = module
+        self.sizes = sizes
+        self.variant = variant
+        self.words = words
+
+    @classmethod
+    def load(cls, model_id: ModelId) -> Self:
+        """Load the authors' file (key `Blip2QformerCirAlignPrompt`) or SPN4CIR's (`blip_model`)."""
+        spn = model_id.variant == "spn"
+        if model_id.weights == "random":
+            module = seeded(0, lambda: PromptedQFormer(EVA_G, spn))
+            return cls(module, EVA_G, model_id.variant, WordPieces())
+        if model_id.weights == "random-tiny":
+            words = WordPieces(tiny_vocabulary(TINY.vocab_size))
+            return cls(seeded(0, lambda: PromptedQFormer(TINY, spn)), TINY, model_id.variant, words)
+        checkpoint = read_checkpoint(model_id.weights)
+        prefixes = (
+            ("state_dict.blip_model", "blip_model") if spn else ("Blip2QformerCirAlignPrompt",)
+        )
+        tensors = checkpoint.section(*prefixes)
+        sizes = sizes_of(tensors, checkpoint.where)
+        module = load_qformer(tensors, sizes, checkpoint.where)
+        return cls(module, sizes, model_id.variant, words_of(checkpoint))
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """TargetPad 1.25, bicubic resize, centre crop, CLIP statistics."""
+        return to_tensor(image, self.sizes.image_size, target_pad)
+
+    def caption(self, captions: Sequence[str]) -> str:
+        """Stripped, the first capitalised, joined with " and "."""
+        return join_capitalised(captions)
+
+    def tokens(self, texts_B: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(B, 32) ids and mask on the model's device."""
+        device = self.module.temperature.device
+        ids_BT, mask_BT = self.words(texts_B, pad_to=TEXT_LENGTH)
+        return ids_BT.to(device), mask_BT.to(device)
+
+    def encode_gallery(self, images_B3HW: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 32, D), each vector L2-normalised."""
+        image_BPV = self.module.image_tokens(images_B3HW)
+        queries_BQW = self.module.query_tokens.expand(len(image_BPV), -1, -1)
+        hidden_BQW = self.module.fusion.of_image(queries_BQW, image_BPV)
+        return F.normalize(self.module.vision_proj(hidden_BQW), dim=-1)
+
+    def encode_queries(
+        self, references_R3HW: Tensor, reference_index_B: Tensor, captions_B: Sequence[str]
+    ) -> Tensor:
+        """(B, D), L2-normalised; see `fuse`."""
+        ids_BT, mask_BT = self.tokens(captions_B)
+        image_RPV = self.module.image_tokens(references_R3HW)
+        return self.fuse(image_RPV[reference_index_B], ids_BT, mask_BT)
+
+    def fuse(self, image_BPV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Pass 1 turns reference and text into prompts; pass 2 reads prompts and text, no image."""
+        prompts_BQW = self.prompts(image_BPV, ids_BT, mask_BT)
+        side = self.module.text
+        former = self.module.fusion if side is None else side
+        project = self.module.text_proj if side is None else side.proj
+        hidden_BLW = former.without_image(prompts_BQW, ids_BT, mask_BT)
+        return F.normalize(project(hidden_BLW[:, self.sizes.queries]), dim=-1)
+
+    def prompts(self, image_BPV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """(B, 32, W): the sentence-level prompts of pass 1."""
+        queries_BQW = self.module.query_tokens.expand(len(image_BPV), -1, -1)
+        hidden_BLW = self.module.fusion.with_image(queries_BQW, image_BPV, ids_BT, mask_BT)
+        return hidden_BLW[:, : self.sizes.queries]
+
+    @staticmethod
+    def score(query_features: Tensor, gallery_features: Tensor) -> Tensor:
+        """Maximum over its 32 vectors of the dot product: (Q, D), (N, 32, D) -> (Q, N).
+
+        Candidates are taken in blocks, so memory never holds 32 x N a query.
+        """
+        vectors = gallery_features.shape[1]
+        step = max(1, SCORES_AT_ONCE // (max(1, len(query_features)) * vectors))
+        blocks = [
+            (query_features @ part.flatten(0, 1).T).view(len(query_features), -1, vectors).amax(-1)
+            for part in torch.split(gallery_features, step)
+        ]
+        return torch.cat(blocks, dim=1)

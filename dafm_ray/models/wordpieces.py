@@ -1,0 +1,74 @@
+"""BERT's lower-casing word pieces, as the BLIP families use them."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dafm_ray.errors import DataError
+from dafm_ray.models.torchvision_ops import make_torchvision_importable
+
+PUBLISHED = "bert-base-uncased"
+"""Vocabulary of every published BLIP model; 30,522 words."""
+
+ADDED = ("[DEC]", "[ENC]")
+"""Tokens that BLIP appends to the vocabulary; BLIP-2 appends the first alone."""
+
+
+class WordPieces:
+    """Texts to token ids.
+
+    Args:
+        words: the vocabulary in order, or None for the published one, which transformers finds in
+            its cache or downloads.
+    """
+
+    def __init__(self, words: Sequence[str] | None = None) -> None:
+        self.words = words
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        make_torchvision_importable()
+        from transformers import BertTokenizer
+
+        if self.words is not None:
+            tokenizer = BertTokenizer(vocab={word: n for n, word in enumerate(self.words)})
+        else:
+            try:
+                tokenizer = BertTokenizer.from_pretrained(PUBLISHED)
+            except (OSError, ValueError):
+                raise DataError(
+                    f"the vocabulary of {PUBLISHED} is not in the cache and cannot be downloaded; "
+                    "add its file to the weights, as in weights.pt+vocab.txt"
+                ) from None
+        tokenizer.add_tokens(list(ADDED), special_tokens=True)
+        return tokenizer
+
+    @property
+    def encoder_token(self) -> int:
+        """Id of `[ENC]`."""
+        return int(self._tokenizer.convert_tokens_to_ids(ADDED[1]))
+
+    def __call__(
+        self, texts: Sequence[str], max_length: int | None = None, pad_to: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokenise a batch.
+
+        Args:
+            texts: B texts.
+            max_length: longer ones are cut and keep their end token.
+            pad_to: length of every row; by default that of the longest.
+
+        Returns:
+            (B, T) int64 ids and (B, T) int64 mask, 0 where a row is padded.
+        """
+        encoded = self._tokenizer(
+            list(texts),
+            padding="max_length" if pad_to else "longest",
+            max_length=pad_to or max_length,
+            truncation=(pad_to or max_length) is not None,
+            return_tensors="pt",
+        )
+        return encoded["input_ids"].to(torch.int64), encoded["attention_mask"].to(torch.int64)

@@ -1,0 +1,82 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dafm_ray.models.checkpoints import read_checkpoint
+from dafm_ray.models.clip_towers import TowerSizes
+from dafm_ray.models.registry import load_model
+from dafm_ray.models.tgcir import (
+    VIT_B16,
+    TgCir,
+    TgCirWeights,
+    load_tgcir,
+    published,
+    with_vision_heads,
+)
+from tests.models.golden import Golden, meta_tensors, shapes
+from tests.samples import picture
+
+TEXT_HEADS, VISION_HEADS = 4, 3
+"""Of the golden towers; no state dict stores them."""
+
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+def load(fixture: Golden, file: str, spn: bool) -> TgCir:
+    tensors = published(read_checkpoint(str(fixture.folder / file)).tensors)
+    clip = {k.removeprefix("backbone.clip."): v for k, v in tensors.items()}
+    sizes = with_vision_heads(TowerSizes.from_weights(clip, TEXT_HEADS), VISION_HEADS)
+    return TgCir(load_tgcir(tensors, sizes, spn, file).eval(), sizes, "spn" if spn else "base")
+
+
+@pytest.mark.parametrize(
+    ("file", "stage"),
+    [("stage1.pt", 1), ("weights_stage1.safetensors", 1), ("stage2.pt", 2)],
+)
+@torch.inference_mode()
+def test_equals_the_published_implementation(golden, file, stage):
+    fixture = Golden(golden / "tgcir", f"outputs_stage{stage}.safetensors")
+    model = load(fixture, file, stage == 2)
+    images, tokens = fixture.inputs["images"], fixture.inputs["tokens"].long()
+    reference = model.module.backbone.image_tokens(images)
+    text = model.module.backbone.text_tokens(tokens)
+    fixture.same("ref_tokens", reference, **TOLERANCE)
+    fixture.same("mod_tokens", text, **TOLERANCE)
+    fused = model.fuse(reference, text)
+    if stage == 1:
+        share = model.module.s_remain_map.share(reference, text)
+        fixture.same("remain_mask", share, **TOLERANCE)
+        fixture.same("replace_mask", 1 - share, **TOLERANCE)
+        fixture.same("fused_tokens", fused, **TOLERANCE)
+    queries = F.normalize(fused.mean(1), dim=-1)
+    gallery = model.encode_gallery(images)
+    fixture.same("query", queries, **TOLERANCE)
+    fixture.same("target", gallery, **TOLERANCE)
+    fixture.same("similarity", model.score(queries, gallery), **TOLERANCE)
+
+
+@pytest.mark.parametrize("second_stage", [False, True])
+def test_full_size_keys_and_shapes_are_those_of_the_real_files(golden, second_stage):
+    name = "keys_full_spn_stage2.json" if second_stage else "keys_full.json"
+    keys = Golden(golden / "tgcir", "outputs_stage1.safetensors").json(name)["keys"]
+    with torch.device("meta"):
+        module = TgCirWeights(VIT_B16, text_side=second_stage)
+    assert shapes(published(meta_tensors(keys))) == shapes(module.state_dict())
+
+
+@pytest.mark.parametrize("variant", ["base", "spn"])
+@torch.inference_mode()
+def test_one_query_equals_a_batch_whatever_its_text_and_picture(variant):
+    model = load_model(f"tgcir:{variant}@random-tiny")
+    modes = ("L", "RGBA", "P")
+    images = torch.stack([model.preprocess(picture(n).convert(m)) for n, m in enumerate(modes)])
+    texts = [model.caption([text]) for text in ("A red one!", "", "word " * 300)]
+    together = model.encode_queries(images, torch.tensor([2, 0, 2]), texts)
+    alone = [
+        model.encode_queries(images[i : i + 1], torch.tensor([0]), [text])
+        for i, text in zip((2, 0, 2), texts, strict=True)
+    ]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    gallery = model.encode_gallery(images)
+    single = torch.cat([model.encode_gallery(images[n : n + 1]) for n in range(3)])
+    assert torch.allclose(gallery, single, atol=1e-5)
