@@ -111,6 +111,11 @@ def _parser() -> argparse.ArgumentParser:
 
     models = _group(commands, "models", "the sub-models")
     _add(models, "list", _models_list, "families that can be loaded")
+    describe = _add(models, "describe", _models_describe, "what a family reads and costs")
+    describe.add_argument("name", help="family or family:variant")
+    fits = _add(models, "check", _models_check, "what a weights file holds, and whether it fits")
+    fits.add_argument("name", help="family:variant")
+    fits.add_argument("--weights", required=True, metavar="FILE", help="as in a model id")
 
     _add(commands, "env", _env, "versions and machine, for a bug report")
     return parser
@@ -267,6 +272,22 @@ def _models_list(arguments: argparse.Namespace) -> int:
 
     for name, where in sorted(families().items()):
         print(f"{name:12} {where}")
+    return DONE
+
+
+def _models_describe(arguments: argparse.Namespace) -> int:
+    from dafm_ray.models.describe import describe
+
+    for line in describe(arguments.name):
+        print(line)
+    return DONE
+
+
+def _models_check(arguments: argparse.Namespace) -> int:
+    from dafm_ray.models.describe import check
+
+    for line in check(arguments.name, arguments.weights):
+        print(line)
     return DONE
 
 

@@ -87,6 +87,9 @@ class BlipTowers(nn.Module):
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
             is_decoder=True,  # builds the cross-attention
+            bos_token_id=None,
+            sep_token_id=None,
+            eos_token_id=None,
         )
         self.vision_model = BlipVisionModel(vision)
         self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
@@ -138,7 +141,10 @@ def sizes_of(
         grid = round((tensors["visual_encoder.pos_embed"].shape[1] - 1) ** 0.5)
         words = tensors["text_encoder.embeddings.word_embeddings.weight"]
         text_width = words.shape[1]
-        vision_heads, text_heads = heads or (width // HEAD_WIDTH, text_width // HEAD_WIDTH)
+        vision_heads, text_heads = heads or (
+            max(width // HEAD_WIDTH, 1),
+            max(text_width // HEAD_WIDTH, 1),
+        )
         return BlipSizes(
             embed_dim=tensors["vision_proj.weight"].shape[0],
             image_size=image_size or grid * patch,

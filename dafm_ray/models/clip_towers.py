@@ -16,6 +16,9 @@ from dafm_ray.models.torchvision_ops import make_torchvision_importable
 START, END = 49406, 49407
 """CLIP's first and last token of a text; the last is the largest id, where texts are pooled."""
 
+HEAD_WIDTH = 64
+"""CLIP's rule; no state dict says how many heads there are."""
+
 SIZE_BUFFERS = frozenset({"input_resolution", "context_length", "vocab_size"})
 """Sizes that OpenAI's files carry as tensors; they are not weights."""
 
@@ -40,7 +43,7 @@ class TowerSizes:
     text_width: int
     text_heads: int
     text_layers: int
-    vision_head_width: int = 64
+    vision_head_width: int = HEAD_WIDTH
 
     @staticmethod
     def from_weights(
@@ -99,8 +102,9 @@ def _sizes(tensors: Mapping[str, Tensor], text_heads: int | None) -> TowerSizes:
         context_length=tensors["positional_embedding"].shape[0],
         vocab_size=tensors["token_embedding.weight"].shape[0],
         text_width=text_width,
-        text_heads=text_heads or max(text_width // 64, 1),
+        text_heads=text_heads or max(text_width // HEAD_WIDTH, 1),
         text_layers=layers_below(tensors, "transformer.resblocks."),
+        vision_head_width=min(HEAD_WIDTH, width) if patch else HEAD_WIDTH,
     )
 
 

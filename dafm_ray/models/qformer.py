@@ -222,8 +222,8 @@ def sizes_of(
         words = tensors["Qformer.bert.embeddings.word_embeddings.weight"]
         width = words.shape[1]
         vision_heads, qformer_heads = heads or (
-            vision_width // EVA_HEAD_WIDTH,
-            width // QFORMER_HEAD_WIDTH,
+            max(vision_width // EVA_HEAD_WIDTH, 1),
+            max(width // QFORMER_HEAD_WIDTH, 1),
         )
         first = "Qformer.bert.encoder.layer.0.intermediate.dense.weight"
         return QFormerSizes(
