@@ -180,7 +180,9 @@ class FinetuneConfig:
         batch_size: of all workers together; the negatives of a query are all targets in it.
         learning_rate: peak of a one-cycle schedule.
         weight_decay: of AdamW.
-        logit_scale: factor on the scores before the softmax (1 / temperature).
+        logit_scale: factor on the scores before the softmax (1 / temperature), in families that
+            do not learn it.
+        loss: weights of the terms of a family's loss, where they differ from the published ones.
         shift: random shift of training images, in pixels.
         workers: Ray Train workers.
         cpus_per_worker: CPUs, and torch threads, of a worker.
@@ -204,6 +206,7 @@ class FinetuneConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     logit_scale: float = 100.0
+    loss: dict[str, float] = field(default_factory=dict)
     shift: int = 0
     workers: int = 1
     cpus_per_worker: int = 1

@@ -6,7 +6,7 @@ them. A run of the same output folder goes on from its last checkpoint.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from dafm_ray.config import FinetuneConfig, load_config, parse_config, to_yaml
 from dafm_ray.datasets.registry import load_dataset
-from dafm_ray.errors import ConfigError, DafmError, DataError, refusals
+from dafm_ray.errors import ConfigError, DafmError, DataError, refusals, unknown
 from dafm_ray.finetune.losses import in_batch_contrastive
 from dafm_ray.finetune.triplets import Batch, Triplets, epoch_batches, load_batches, shifted
 from dafm_ray.finetune.validation import validation_recall
-from dafm_ray.models.base import FrozenModel, ModelId
+from dafm_ray.models.base import Contrast, FrozenModel, ModelId
 from dafm_ray.models.registry import family
 from dafm_ray.progress import followed, status_line
 from dafm_ray.session import ensure_ray
@@ -43,6 +43,7 @@ class TripletLoss(nn.Module):
         self.weights = model.module
         self._model = model
         self._config = config
+        self._loss_weights = loss_weights(model, config.loss)
 
     def forward(self, batch: Batch) -> Tensor:
         """Contrastive loss of this worker's queries against the targets of all workers."""
@@ -51,14 +52,35 @@ class TripletLoss(nn.Module):
         references = shifted(batch.references_B3HW, config.shift).to(device)
         targets = shifted(batch.targets_B3HW, config.shift).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            index = torch.arange(len(references), device=device)
-            queries = model.encode_queries(references, index, batch.captions_B)
-            candidates = model.encode_gallery(targets)
-        candidates, ids_N, first = _gathered(candidates.float(), batch.target_ids_B.to(device))
-        scores_BN = config.logit_scale * model.score(queries.float(), candidates)
-        target_B = first + index
+            terms = model.terms(
+                references, batch.captions_B, targets, config.logit_scale, self._loss_weights
+            )
+        ids_B = batch.target_ids_B.to(device)
+        loss = torch.zeros((), device=device)
+        for contrast in terms.contrasts.values():
+            loss = loss + contrast.weight * self._contrastive(contrast, ids_B)
+        for weight, penalty in terms.penalties.values():
+            loss = loss + weight * penalty.float()
+        return loss
+
+    def _contrastive(self, contrast: Contrast, ids_B: Tensor) -> Tensor:
+        candidates, ids_N, first = _gathered(contrast.candidates.float(), ids_B)
+        scores_BN = contrast.scale * self._model.score(contrast.queries.float(), candidates)
+        target_B = first + torch.arange(len(ids_B), device=ids_B.device)
         same_BN = ids_N[target_B][:, None] == ids_N[None, :]
         return in_batch_contrastive(scores_BN, target_B, same_BN)
+
+
+def loss_weights(model: FrozenModel, given: Mapping[str, float]) -> dict[str, float]:
+    """The family's weights with the job's own values.
+
+    Raises:
+        ConfigError: a term that the family's loss does not have.
+    """
+    for name in given:
+        if name not in model.loss_weights:
+            raise ConfigError(unknown("term of this family's loss", name, model.loss_weights))
+    return {**model.loss_weights, **given}
 
 
 def _gathered(features: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -90,6 +112,7 @@ def build(config: FinetuneConfig) -> FrozenModel:
     model = family(model_id.family).start(
         model_id, config.scratch, [q.captions for q in queries], config.seed
     )
+    loss_weights(model, config.loss)
     learning = 0
     for name, parameter in model.module.named_parameters():
         parameter.requires_grad_(name.startswith(config.parts))

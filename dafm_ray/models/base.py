@@ -5,9 +5,10 @@ Shape letters: B batch, R distinct references, Q queries, N candidates, D featur
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -48,6 +49,36 @@ class ModelId:
         return f"{self.family}:{self.variant}@{self.weights}"
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """Queries that shall find their own target among the targets of the batch.
+
+    Attributes:
+        weight: of its cross-entropy in the loss.
+        scale: factor on the scores before the softmax.
+        queries: (B, ...) features.
+        candidates: (B, ...) features of the targets, row by row.
+    """
+
+    weight: float
+    scale: Tensor | float
+    queries: Tensor
+    candidates: Tensor
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a family's training loss is made of.
+
+    Attributes:
+        contrasts: cross-entropies against the targets of all workers.
+        penalties: name -> (weight, value) of what concerns this worker's batch alone.
+    """
+
+    contrasts: Mapping[str, Contrast]
+    penalties: Mapping[str, tuple[float, Tensor]] = field(default_factory=dict)
+
+
 class FrozenModel(ABC):
     """A composed-retrieval model with fixed weights.
 
@@ -56,10 +87,12 @@ class FrozenModel(ABC):
 
     Attributes:
         variants: what may stand after the family's name.
+        loss_weights: what a training job may set under `loss`, with the published values.
         module: the weights; moved, frozen and put in evaluation mode by the caller.
     """
 
     variants: ClassVar[tuple[str, ...]]
+    loss_weights: ClassVar[Mapping[str, float]] = {}
     module: nn.Module
 
     @property
@@ -93,6 +126,28 @@ class FrozenModel(ABC):
             seed: of the initialisation.
         """
         raise ConfigError(f"{model_id.family} cannot be trained")
+
+    def terms(
+        self,
+        references_B3HW: Tensor,
+        captions_B: Sequence[str],
+        targets_B3HW: Tensor,
+        logit_scale: float,
+        weights: Mapping[str, float],
+    ) -> Terms:
+        """The training loss of a batch of triplets: in-batch contrast unless a family has more.
+
+        Args:
+            references_B3HW: reference of each query.
+            captions_B: joined captions.
+            targets_B3HW: target of each query.
+            logit_scale: of families that do not learn theirs.
+            weights: `loss_weights` with the job's own values.
+        """
+        index_B = torch.arange(len(references_B3HW), device=references_B3HW.device)
+        queries = self.encode_queries(references_B3HW, index_B, captions_B)
+        candidates = self.encode_gallery(targets_B3HW)
+        return Terms({"rank": Contrast(1.0, logit_scale, queries, candidates)})
 
     def header(self) -> dict[str, Any]:
         """What a weights file must say besides its tensors so that `load` can build the model."""

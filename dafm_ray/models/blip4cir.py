@@ -2,14 +2,15 @@
 WACV 2024), both on BLIP's towers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dafm_ray.models.base import FrozenModel, ModelId
+from dafm_ray.models.base import FrozenModel, ModelId, Terms
 from dafm_ray.models.blip import (
     BASE,
     TINY,
@@ -104,6 +105,19 @@ class Blip4Cir(BlipModel):
         ids_BT = ids_BT.clone()
         ids_BT[:, 0] = self.words.encoder_token
         return self.fuse(tokens_RPW[reference_index_B], ids_BT, mask_BT)
+
+    def terms(
+        self,
+        references_B3HW: Tensor,
+        captions_B: Sequence[str],
+        targets_B3HW: Tensor,
+        logit_scale: float,
+        weights: Mapping[str, float],
+    ) -> Terms:
+        """In-batch contrast with the learnt temperature."""
+        scale = 1 / self.module.towers.temperature
+        plain = super().terms(references_B3HW, captions_B, targets_B3HW, logit_scale, weights)
+        return Terms({"rank": replace(plain.contrasts["rank"], scale=scale)})
 
     def fuse(self, image_tokens_BPW: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Reference tokens and a text that begins with `[ENC]` -> (B, D)."""

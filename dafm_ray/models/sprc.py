@@ -4,15 +4,15 @@ SPN4CIR (Feng et al., ACM MM 2024), whose query side has weights of its own.
 A candidate is 32 vectors; a query's score is its best dot product with them.
 """
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dafm_ray.models.base import FrozenModel, ModelId
+from dafm_ray.models.base import Contrast, FrozenModel, ModelId, Terms
 from dafm_ray.models.blip4cir import tiny_vocabulary, words_of
 from dafm_ray.models.captions import join_capitalised
 from dafm_ray.models.checkpoints import read_checkpoint
@@ -38,6 +38,7 @@ class Sprc(FrozenModel):
     """`sprc:base`, and `sprc:spn` for files of SPN4CIR's second stage."""
 
     variants = ("base", "spn")
+    loss_weights: ClassVar[Mapping[str, float]] = {"itc": 1.0, "rtc": 0.4, "align": 0.4}
     module: PromptedQFormer
 
     def __init__(
@@ -98,7 +99,10 @@ class Sprc(FrozenModel):
 
     def fuse(self, image_BPV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Pass 1 turns reference and text into prompts; pass 2 reads prompts and text, no image."""
-        prompts_BQW = self.prompts(image_BPV, ids_BT, mask_BT)
+        return self.read(self.prompts(image_BPV, ids_BT, mask_BT), ids_BT, mask_BT)
+
+    def read(self, prompts_BQW: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Pass 2: (B, D), L2-normalised."""
         side = self.module.text
         former = self.module.fusion if side is None else side
         project = self.module.text_proj if side is None else side.proj
@@ -110,6 +114,35 @@ class Sprc(FrozenModel):
         queries_BQW = self.module.query_tokens.expand(len(image_BPV), -1, -1)
         hidden_BLW = self.module.fusion.with_image(queries_BQW, image_BPV, ids_BT, mask_BT)
         return hidden_BLW[:, : self.sizes.queries]
+
+    def terms(
+        self,
+        references_B3HW: Tensor,
+        captions_B: Sequence[str],
+        targets_B3HW: Tensor,
+        logit_scale: float,
+        weights: Mapping[str, float],
+    ) -> Terms:
+        """itc: query to target. rtc: the same with a text-only query, whose learnt prompts stand
+        after its first token. align: the prompts of pass 1 towards the learnt ones.
+        """
+        module, scale = self.module, 1 / self.module.temperature
+        ids_BT, mask_BT = self.tokens(captions_B)
+        image_BPV = module.image_tokens(references_B3HW)
+        candidates = self.encode_gallery(targets_B3HW)
+        prompts_BQW = self.prompts(image_BPV, ids_BT, mask_BT)
+        learnt_BQW = module.prompt_tokens.expand(len(ids_BT), -1, -1)
+        hidden_BLW = module.fusion.prompted_text(learnt_BQW, ids_BT, mask_BT)
+        text_BD = F.normalize(module.text_proj(hidden_BLW[:, 0]), dim=-1)
+        queries = self.read(prompts_BQW, ids_BT, mask_BT)
+        drift = F.mse_loss(prompts_BQW.mean(1), learnt_BQW.detach().mean(1))
+        return Terms(
+            {
+                "itc": Contrast(weights["itc"], scale, queries, candidates),
+                "rtc": Contrast(weights["rtc"], scale, text_BD, candidates),
+            },
+            {"align": (weights["align"], drift)},
+        )
 
     @staticmethod
     def score(query_features: Tensor, gallery_features: Tensor) -> Tensor:

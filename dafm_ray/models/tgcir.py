@@ -6,14 +6,14 @@ Written from the paper and from measured numbers; the published code is GPL-3 an
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dafm_ray.models.base import FrozenModel, ModelId
+from dafm_ray.models.base import Contrast, FrozenModel, ModelId, Terms
 from dafm_ray.models.captions import join_plain
 from dafm_ray.models.checkpoints import load_strictly, read_checkpoint
 from dafm_ray.models.clip4cir import seeded
@@ -131,6 +131,15 @@ class TgCir(FrozenModel):
     """`tgcir:base`, and `tgcir:spn` for files of SPN4CIR's second stage."""
 
     variants = ("base", "spn")
+    loss_weights: ClassVar[Mapping[str, float]] = {
+        "student": 1.0,
+        "teacher": 1.0,
+        "mask": 1.0,
+        "ortho": 0.1,
+        "ckd": 10.0,
+        "kl": 0.5,
+        "tau": 0.1,
+    }
     module: TgCirWeights
 
     def __init__(
@@ -190,10 +199,87 @@ class TgCir(FrozenModel):
         share_BK1 = self.module.s_remain_map.share(reference_BKD, text_BKD)
         return share_BK1 * reference_BKD + (1 - share_BK1) * text_BKD
 
+    def terms(
+        self,
+        references_B3HW: Tensor,
+        captions_B: Sequence[str],
+        targets_B3HW: Tensor,
+        logit_scale: float,
+        weights: Mapping[str, float],
+    ) -> Terms:
+        """The six terms of the paper; see `token_terms`."""
+        device = self.module.local_weight.device
+        tokens_BT = tokenize(captions_B, self.sizes.context_length, self.vocabulary).to(device)
+        backbone = self.module.backbone
+        return self.token_terms(
+            backbone.image_tokens(references_B3HW),
+            backbone.text_tokens(tokens_BT),
+            backbone.image_tokens(targets_B3HW),
+            weights,
+        )
+
+    def token_terms(
+        self, r_BKD: Tensor, m_BKD: Tensor, t_BKD: Tensor, weights: Mapping[str, float]
+    ) -> Terms:
+        """A student that sees reference and text learns from a teacher that also sees the target.
+
+        Args:
+            r_BKD: tokens of the reference.
+            m_BKD: of the modification text.
+            t_BKD: of the target.
+            weights: as `loss_weights`.
+        """
+        module = self.module
+        scale = logit_scale_of(module)
+        a = module.s_remain_map.share(r_BKD, m_BKD)
+        p = module.t_remain_map.share(r_BKD.detach(), t_BKD)
+        q = module.t_replace_map.share(m_BKD.detach(), t_BKD)
+        student_BD = F.normalize((a * r_BKD + (1 - a) * m_BKD).mean(1), dim=-1)
+        target_BD = F.normalize(t_BKD.mean(1), dim=-1)
+        teacher_BE, flat_BE = self._flat(p * r_BKD + q * m_BKD), self._flat(t_BKD)
+        distilled = F.mse_loss(a, p.detach()) + F.mse_loss(1 - a, q.detach())
+        similar_BB = F.normalize(flat_BE, dim=-1) @ F.normalize(flat_BE, dim=-1).T
+        spread = F.kl_div(
+            F.log_softmax(student_BD @ target_BD.T / weights["tau"], dim=-1),
+            F.softmax(similar_BB / weights["tau"], dim=-1),
+            reduction="batchmean",
+        )
+        apart = sum(_orthogonality(tokens) for tokens in (r_BKD, t_BKD, m_BKD)) / 3
+        return Terms(
+            {
+                "student": Contrast(weights["student"], scale, student_BD, target_BD),
+                "teacher": Contrast(weights["teacher"], scale, teacher_BE, flat_BE),
+            },
+            {
+                "mask": (weights["mask"], F.mse_loss(p + q, torch.ones_like(p))),
+                "ortho": (weights["ortho"], torch.as_tensor(apart)),
+                "ckd": (weights["ckd"], distilled),
+                "kl": (weights["kl"], spread),
+            },
+        )
+
+    def _flat(self, tokens_BKD: Tensor) -> Tensor:
+        """Tokens normalised one by one, weighted, side by side: (B, K x D)."""
+        weighted = F.normalize(tokens_BKD, dim=-1) * self.module.local_weight[:, None]
+        return weighted.flatten(1)
+
     @staticmethod
     def score(query_features: Tensor, gallery_features: Tensor) -> Tensor:
         """Dot product of (Q, D) and (N, D)."""
         return query_features @ gallery_features.T
+
+
+def logit_scale_of(module: TgCirWeights) -> Tensor:
+    """The learnt factor on scores; SPN4CIR's second stage keeps none."""
+    return module.local_weight.new_tensor([10.0]) if module.loss_T is None else module.loss_T
+
+
+def _orthogonality(tokens_BKD: Tensor) -> Tensor:
+    """How far the tokens of an item are from pointing in different directions."""
+    unit_BKD = F.normalize(tokens_BKD, dim=-1)
+    cosine_BKK = unit_BKD @ unit_BKD.transpose(1, 2)
+    eye_KK = torch.eye(cosine_BKK.shape[1], device=cosine_BKK.device)
+    return F.mse_loss(cosine_BKK, eye_KK.expand_as(cosine_BKK))
 
 
 def published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

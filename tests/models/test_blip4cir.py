@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dafm_ray.finetune.losses import in_batch_contrastive
 from dafm_ray.models.blip import (
     BASE,
     BlipTowers,
@@ -59,6 +60,10 @@ def test_stage_1_equals_the_published_implementation(stage1, file):
     stage1.same("query_features_single", alone, UNIT)
     logits = model.score(queries, gallery) / towers.temperature
     stage1.same("train_logits", logits, 1e-3)
+    terms = model.terms(references, captions, targets, 1.0, {})
+    rank = terms.contrasts["rank"]
+    scores = rank.scale * model.score(rank.queries, rank.candidates)
+    stage1.same("train_loss", in_batch_contrastive(scores, torch.arange(4)), 1e-4)
 
 
 def test_positions_of_another_resolution(stage1):
@@ -83,6 +88,8 @@ def test_bi_blip_equals_the_published_implementation(bi, variant):
     queries = model.encode_queries(bi.inputs["reference_images"], torch.arange(4), texts)
     bi.same(f"query_{variant}", queries, UNIT)
     bi.same(f"similarity_{variant}", model.score(queries, gallery), UNIT)
+    loss = in_batch_contrastive(100 * model.score(queries, gallery), torch.arange(4))
+    bi.same("stage1_loss_forward" if variant == "sum" else "stage2_loss_forward", loss, 1e-3)
 
 
 def test_full_size_keys_and_shapes_are_those_of_the_real_files(stage1, bi):

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from dafm_ray.finetune.losses import in_batch_contrastive
+from dafm_ray.models.base import Contrast
 from dafm_ray.models.checkpoints import read_checkpoint
 from dafm_ray.models.qformer import (
     EVA_G,
@@ -139,3 +141,34 @@ def test_one_query_equals_a_batch_whatever_its_text_and_picture(variant):
     assert gallery.shape == (3, 32, model.sizes.embed_dim)
     single = torch.cat([model.encode_gallery(images[n : n + 1]) for n in range(3)])
     assert torch.allclose(gallery, single, atol=1e-5)
+
+
+def test_the_three_terms_of_the_loss(golden):
+    fixture = Golden(golden / "sprc")
+    model = load(fixture, fixture.words())
+    texts = [entry["text"] for entry in fixture.json("captions.json")]
+    images = [fixture.inputs[f"{name}_images"] for name in ("reference", "target")]
+    terms = model.terms(images[0], texts, images[1], 1.0, model.loss_weights)
+    losses = {name: contrastive(contrast) for name, contrast in terms.contrasts.items()}
+    losses["align"] = terms.penalties["align"][1]
+    for name, found in losses.items():
+        fixture.same(f"loss_{name}", found, LOSS)
+    total = losses["itc"] + 0.4 * losses["rtc"] + 0.4 * losses["align"]
+    fixture.same("loss_total_cirr", total, LOSS)
+    fixture.same("loss_total_fashioniq", sum(losses.values()), LOSS)
+
+
+def test_the_loss_of_the_second_stage_against_its_bank(golden):
+    fixture = Golden(golden / "sprc_spn_stage2")
+    model = load(fixture, Golden(golden / "sprc").words())
+    inputs = fixture.inputs
+    image = model.module.image_tokens(inputs["reference_images"])
+    queries = model.fuse(image, inputs["input_ids"], inputs["attention_mask"])
+    bank = torch.cat([inputs["target_images"], inputs["reference_images"]])
+    scores = model.score(queries, model.encode_gallery(bank)) / model.module.temperature
+    fixture.same("loss_qtc", in_batch_contrastive(scores, torch.arange(4)), LOSS)
+
+
+def contrastive(contrast: Contrast) -> torch.Tensor:
+    scores = contrast.scale * Sprc.score(contrast.queries, contrast.candidates)
+    return in_batch_contrastive(scores, torch.arange(len(scores)))

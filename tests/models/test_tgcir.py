@@ -2,6 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dafm_ray.finetune.losses import in_batch_contrastive
+from dafm_ray.models.base import Contrast
 from dafm_ray.models.checkpoints import read_checkpoint
 from dafm_ray.models.clip_towers import TowerSizes
 from dafm_ray.models.registry import load_model
@@ -80,3 +82,29 @@ def test_one_query_equals_a_batch_whatever_its_text_and_picture(variant):
     gallery = model.encode_gallery(images)
     single = torch.cat([model.encode_gallery(images[n : n + 1]) for n in range(3)])
     assert torch.allclose(gallery, single, atol=1e-5)
+
+
+def test_the_six_terms_of_the_loss(golden):
+    fixture = Golden(golden / "tgcir", "outputs_stage1.safetensors")
+    model = load(fixture, "stage1.pt", spn=False)
+    tokens = fixture.inputs["tokens"].long()
+    backbone = model.module.backbone
+    images = backbone.image_tokens(fixture.inputs["images"])
+    target = images[[1, 2, 3, 0]]
+    weights = model.loss_weights
+    terms = model.token_terms(images, backbone.text_tokens(tokens), target, weights)
+    losses = {
+        "loss_stu_rank": contrastive(terms.contrasts["student"]),
+        "loss_tea_rank": contrastive(terms.contrasts["teacher"]),
+        "loss_tea_mask": terms.penalties["mask"][1],
+        "loss_ortho": terms.penalties["ortho"][1],
+        "loss_ckd": terms.penalties["ckd"][1],
+        "loss_kl": terms.penalties["kl"][1],
+    }
+    for name, found in losses.items():
+        fixture.same(name, found, atol=1e-4, rtol=1e-4)
+
+
+def contrastive(contrast: Contrast) -> torch.Tensor:
+    scores = contrast.scale * TgCir.score(contrast.queries, contrast.candidates)
+    return in_batch_contrastive(scores, torch.arange(len(scores)))
