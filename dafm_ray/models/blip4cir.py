@@ -2,14 +2,16 @@
 WACV 2024), both on BLIP's towers.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from dafm_ray.errors import ConfigError
 from dafm_ray.models.base import FrozenModel, ModelId, Terms
 from dafm_ray.models.blip import (
     BASE,
@@ -20,10 +22,10 @@ from dafm_ray.models.blip import (
     sizes_of,
 )
 from dafm_ray.models.captions import join_capitalised
-from dafm_ray.models.checkpoints import Checkpoint, read_checkpoint
+from dafm_ray.models.checkpoints import Checkpoint, load_strictly, read_checkpoint
 from dafm_ray.models.clip4cir import Combiner, combiner_of, seeded
 from dafm_ray.models.preprocess import target_pad, to_tensor
-from dafm_ray.models.wordpieces import WordPieces
+from dafm_ray.models.wordpieces import ADDED, WordPieces, words_in
 
 FORWARD = "[FORWARD]"
 """Bi-BLIP4CIR's tag of a query that goes from reference to target."""
@@ -41,7 +43,7 @@ class BlipWeights(nn.Module):
         self.Combiner = combiner
 
 
-class BlipModel(FrozenModel):
+class BlipModel(FrozenModel, ABC):
     """What both families share."""
 
     module: BlipWeights
@@ -53,6 +55,44 @@ class BlipModel(FrozenModel):
         self.sizes = sizes
         self.variant = variant
         self.words = words
+
+    @classmethod
+    @abstractmethod
+    def load(cls, model_id: ModelId) -> Self:
+        """Each family has its own files."""
+
+    @classmethod
+    def start(
+        cls,
+        model_id: ModelId,
+        scratch: Mapping[str, Any],
+        captions: Sequence[Sequence[str]],
+        seed: int,
+    ) -> Self:
+        """`scratch` holds `towers` (fields of `BlipSizes` but `vocab_size`)."""
+        if model_id.weights != "scratch":
+            return cls.load(model_id)
+        words = words_in([text for texts in captions for text in texts])
+        sizes = scratch_blip_sizes(scratch, len(words) + len(ADDED))
+        combiner = None
+        if model_id.variant == "combiner":
+            width = sizes.embed_dim
+            combiner = seeded(seed, lambda: Combiner(width, 4 * width, 8 * width))
+        towers = seeded(seed, lambda: BlipTowers(sizes))
+        return cls(BlipWeights(towers, combiner), sizes, model_id.variant, WordPieces(words))
+
+    @classmethod
+    def of_our_own(cls, checkpoint: Checkpoint, variant: str) -> Self:
+        """Build from a file that a training job of this package wrote."""
+        sizes = BlipSizes(**checkpoint.metadata["sizes"])
+        towers = BlipTowers(sizes)
+        load_strictly(towers, checkpoint.section("towers"), checkpoint.where)
+        combiner = combiner_of(checkpoint) if variant == "combiner" else None
+        return cls(BlipWeights(towers, combiner), sizes, variant, words_of(checkpoint))
+
+    def header(self) -> dict[str, Any]:
+        """What a weights file must say besides its tensors so that it can be built again."""
+        return {"sizes": self.sizes.to_json(), "words": self.words.words}
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """TargetPad 1.25, bicubic resize, centre crop, CLIP statistics."""
@@ -91,6 +131,8 @@ class Blip4Cir(BlipModel):
         if random is not None:
             return cls(BlipWeights(random[0]), random[1], model_id.variant, random[2])
         checkpoint = read_checkpoint(model_id.weights)
+        if "sizes" in checkpoint.metadata:
+            return cls.of_our_own(checkpoint, model_id.variant)
         tensors = checkpoint.section("BLIP_Retrieval", "state_dict.blip", "blip")
         sizes = sizes_of(tensors, checkpoint.where)
         towers = load_blip(tensors, sizes, checkpoint.where)
@@ -141,7 +183,10 @@ class BiBlip4Cir(BlipModel):
                 seeded(0, lambda: Combiner(width, 4 * width, 8 * width)) if combined else None
             )
             return cls(BlipWeights(random[0], combiner), random[1], model_id.variant, random[2])
-        return cls.of_checkpoint(read_checkpoint(model_id.weights), model_id.variant)
+        checkpoint = read_checkpoint(model_id.weights)
+        if "sizes" in checkpoint.metadata:
+            return cls.of_our_own(checkpoint, model_id.variant)
+        return cls.of_checkpoint(checkpoint, model_id.variant)
 
     @classmethod
     def of_checkpoint(
@@ -188,6 +233,18 @@ def tagged(text: str, tag: str) -> str:
     return "and".join(f" {tag} {chunk}" for chunk in text.split("and"))
 
 
+def scratch_blip_sizes(scratch: Mapping[str, Any], vocab_size: int) -> BlipSizes:
+    """Sizes of new towers, from `scratch.towers` of a training job.
+
+    Raises:
+        ConfigError: a size is missing or unknown.
+    """
+    try:
+        return BlipSizes(**{**scratch["towers"], "vocab_size": vocab_size})
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"scratch.towers must hold the fields of BlipSizes: {error}") from None
+
+
 def words_of(checkpoint: Checkpoint) -> WordPieces:
     """The vocabulary that comes with the weights, or the published one."""
     return WordPieces(checkpoint.metadata.get("words"))
@@ -205,7 +262,5 @@ def random_towers(weights: str) -> tuple[BlipTowers, BlipSizes, WordPieces] | No
 
 def tiny_vocabulary(size: int) -> list[str]:
     """A vocabulary of letters and their continuations, padded to leave room for added tokens."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    letters = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
-    words = [*special, *letters, *(f"##{letter}" for letter in letters)]
-    return words + [f"[unused{n}]" for n in range(size - len(words) - 2)]
+    words = words_in([])
+    return words + [f"[unused{n}]" for n in range(size - len(words) - len(ADDED))]

@@ -177,7 +177,7 @@ class Clip4Cir(ClipModel):
             vocabulary = checkpoint.metadata.get("vocabulary")
         else:
             vocabulary = vocabulary_of([join_capitalised(texts) for texts in captions])
-            sizes = _sizes_from(scratch, len(vocabulary))
+            sizes = scratch_sizes(scratch, len(vocabulary))
             towers = seeded(seed, lambda: build_towers(sizes))
         combiner = None
         if model_id.variant == "combiner":
@@ -225,7 +225,12 @@ def combiner_of(checkpoint: Checkpoint) -> Combiner:
     return combiner
 
 
-def _sizes_from(scratch: Mapping[str, Any], vocab_size: int) -> TowerSizes:
+def scratch_sizes(scratch: Mapping[str, Any], vocab_size: int) -> TowerSizes:
+    """Sizes of new towers, from `scratch.towers` of a training job.
+
+    Raises:
+        ConfigError: a size is missing or unknown.
+    """
     try:
         return TowerSizes.from_json({**scratch["towers"], "vocab_size": vocab_size})
     except (KeyError, TypeError) as error:

@@ -5,13 +5,14 @@ A candidate is 32 vectors; a query's score is its best dot product with them.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dafm_ray.errors import ConfigError
 from dafm_ray.models.base import Contrast, FrozenModel, ModelId, Terms
 from dafm_ray.models.blip4cir import tiny_vocabulary, words_of
 from dafm_ray.models.captions import join_capitalised
@@ -26,7 +27,7 @@ from dafm_ray.models.qformer import (
     load_qformer,
     sizes_of,
 )
-from dafm_ray.models.wordpieces import WordPieces
+from dafm_ray.models.wordpieces import ADDED, WordPieces, words_in
 
 AUTHORS_KEY = "Blip2QformerCirAlignPrompt"
 TEXT_LENGTH = 32
@@ -60,13 +61,40 @@ class Sprc(FrozenModel):
             words = WordPieces(tiny_vocabulary(TINY.vocab_size))
             return cls(seeded(0, lambda: PromptedQFormer(TINY, spn)), TINY, model_id.variant, words)
         checkpoint = read_checkpoint(model_id.weights)
-        prefixes = (
-            ("state_dict.blip_model", "blip_model") if spn else ("Blip2QformerCirAlignPrompt",)
-        )
-        tensors = checkpoint.section(*prefixes)
+        if "sizes" in checkpoint.metadata:
+            own = QFormerSizes(**checkpoint.metadata["sizes"])
+            module = PromptedQFormer(own, spn)
+            load_strictly(module, checkpoint.tensors, checkpoint.where)
+            return cls(module, own, model_id.variant, words_of(checkpoint))
+        tensors = checkpoint.section("state_dict.blip_model" if spn else AUTHORS_KEY)
         sizes = sizes_of(tensors, checkpoint.where)
         module = load_qformer(tensors, sizes, checkpoint.where)
         return cls(module, sizes, model_id.variant, words_of(checkpoint))
+
+    @classmethod
+    def start(
+        cls,
+        model_id: ModelId,
+        scratch: Mapping[str, Any],
+        captions: Sequence[Sequence[str]],
+        seed: int,
+    ) -> Self:
+        """`scratch` holds `towers` (fields of `QFormerSizes` but `vocab_size`)."""
+        if model_id.weights != "scratch":
+            return cls.load(model_id)
+        words = words_in([text for texts in captions for text in texts])
+        try:
+            sizes = QFormerSizes(**{**scratch["towers"], "vocab_size": len(words) + len(ADDED)})
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"scratch.towers must hold the fields of QFormerSizes: {error}"
+            ) from None
+        module = seeded(seed, lambda: PromptedQFormer(sizes, model_id.variant == "spn"))
+        return cls(module, sizes, model_id.variant, WordPieces(words))
+
+    def header(self) -> dict[str, Any]:
+        """What a weights file must say besides its tensors so that it can be built again."""
+        return {"sizes": self.sizes.to_json(), "words": self.words.words}
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """TargetPad 1.25, bicubic resize, centre crop, CLIP statistics."""

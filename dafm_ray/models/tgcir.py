@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from dafm_ray.models.base import Contrast, FrozenModel, ModelId, Terms
 from dafm_ray.models.captions import join_plain
 from dafm_ray.models.checkpoints import load_strictly, read_checkpoint
-from dafm_ray.models.clip4cir import seeded
+from dafm_ray.models.clip4cir import scratch_sizes, seeded
 from dafm_ray.models.clip_towers import (
     SIZE_BUFFERS,
     TowerSizes,
     build_towers,
     tokenize,
+    vocabulary_of,
 )
 from dafm_ray.models.preprocess import no_pad, to_tensor
 
@@ -165,11 +166,33 @@ class TgCir(FrozenModel):
         checkpoint = read_checkpoint(model_id.weights)
         tensors = published(checkpoint.tensors)
         clip = _below(tensors, "backbone.clip.")
-        sizes = TowerSizes.from_weights(
-            clip, checkpoint.metadata.get("text_heads"), checkpoint.where
-        )
+        if "sizes" in checkpoint.metadata:
+            sizes = TowerSizes.from_json(checkpoint.metadata["sizes"])
+        else:
+            sizes = TowerSizes.from_weights(clip, where=checkpoint.where)
         module = load_tgcir(tensors, sizes, spn, checkpoint.where)
         return cls(module, sizes, model_id.variant, checkpoint.metadata.get("vocabulary"))
+
+    @classmethod
+    def start(
+        cls,
+        model_id: ModelId,
+        scratch: Mapping[str, Any],
+        captions: Sequence[Sequence[str]],
+        seed: int,
+    ) -> Self:
+        """`scratch` holds `towers` (fields of `TowerSizes`); weights of a file go on learning."""
+        if model_id.weights != "scratch":
+            return cls.load(model_id)
+        vocabulary = vocabulary_of([join_plain(texts) for texts in captions])
+        sizes = scratch_sizes(scratch, len(vocabulary))
+        spn = model_id.variant == "spn"
+        module = seeded(seed, lambda: TgCirWeights(sizes, text_side=spn))
+        return cls(module, sizes, model_id.variant, vocabulary)
+
+    def header(self) -> dict[str, Any]:
+        """What a weights file must say besides its tensors so that it can be built again."""
+        return {"sizes": self.sizes.to_json(), "vocabulary": self.vocabulary}
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """RGB first, then CLIP's own transform, without padding."""

@@ -1,5 +1,6 @@
 """BERT's lower-casing word pieces, as the BLIP families use them."""
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,17 @@ PUBLISHED = "bert-base-uncased"
 
 ADDED = ("[DEC]", "[ENC]")
 """Tokens that BLIP appends to the vocabulary; BLIP-2 appends the first alone."""
+
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def words_in(texts: Sequence[str]) -> list[str]:
+    """The vocabulary of a small model: the words of its training texts, and letters for others."""
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
+    words = sorted({word for text in texts for word in re.findall(r"[a-z0-9]+", text.lower())})
+    pieces = [*letters, *(f"##{letter}" for letter in letters), *words]
+    return list(dict.fromkeys([*SPECIAL, *pieces]))
 
 
 class WordPieces:
