@@ -199,8 +199,11 @@ def _tiles_ingest(arguments: argparse.Namespace) -> int:
     from dafm_ray.tiles.ingest import ingest
 
     named = None
+    keys = ("split", "category", "annotations", "root")
+    given = [f"--{key}" for key in keys if getattr(arguments, key)]
+    if given and not arguments.dataset:
+        raise ConfigError(f"{given[0]} says nothing without --dataset NAME")
     if arguments.dataset:
-        keys = ("split", "category", "annotations", "root")
         named = DatasetConfig(arguments.dataset, **{key: getattr(arguments, key) for key in keys})
     done = ingest(arguments.scores, arguments.out, named)
     say(*done.notes)
@@ -260,7 +263,7 @@ def _tiles_verify(arguments: argparse.Namespace) -> int:
     if problems:
         raise DataError(
             f"{problems} of {checked} files of {store.uri} are not sound; run "
-            "`dafm tiles verify --repair`, then `dafm precompute` again"
+            "`dafm tiles verify --repair`, then `dafm precompute` (or `dafm tiles ingest`) again"
         )
     missing = len(store.missing())
     print(f"{store.uri}: {checked} files, every checksum holds; {missing} tiles not computed yet")

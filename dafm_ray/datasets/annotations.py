@@ -40,15 +40,24 @@ def read_json(file: Path, kind: type[Value]) -> Value:
     Raises:
         DataError: it cannot be read, is not JSON, is something else, or repeats a key.
     """
-    try:
-        value = json.loads(read_text(file), object_pairs_hook=_unrepeated)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} is not JSON: {error}") from None
-    except _RepeatedKeyError as error:
-        raise DataError(f"{file}: the key {error.args[0]!r} stands twice") from None
+    value = parse_json(read_text(file), str(file))
     if not isinstance(value, kind):
         raise DataError(f"{file} must hold {_KINDS[kind]}")
     return value
+
+
+def parse_json(text: str, where: str) -> Any:
+    """A JSON value.
+
+    Raises:
+        DataError: it is not JSON, or an object repeats a key.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unrepeated)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON: {error}") from None
+    except _RepeatedKeyError as error:
+        raise DataError(f"{where}: the key {error.args[0]!r} stands twice") from None
 
 
 def read_text(file: Path) -> str:

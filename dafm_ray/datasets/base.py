@@ -243,7 +243,8 @@ def contradictions(images: Sequence[str], queries: Sequence[Query]) -> Iterator[
         for what in ("targets", "group"):
             yield from _repeated(getattr(query, what), f"{what} of query {query.id!r}:")
         named = (("reference", [query.reference]), ("target", query.targets))
-        for what, ids in (*named, ("excluded image", query.excluded), ("group", query.group)):
+        others = [id for id in query.excluded if id != query.reference]
+        for what, ids in (*named, ("excluded image", others), ("group", query.group)):
             for id in ids:
                 if id not in known:
                     yield Finding(

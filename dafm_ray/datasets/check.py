@@ -11,12 +11,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from pathlib import PurePosixPath
 
 from dafm_ray.config import DatasetConfig
 from dafm_ray.datasets.base import Draft, Finding, ImageSource, Query
+from dafm_ray.datasets.images import Files
 from dafm_ray.datasets.inspection import Inspection, inspect_images
 from dafm_ray.datasets.order import JUDGED, OrderLeak, order_leak
-from dafm_ray.datasets.registry import dataset_entry, missing_folder, read_dataset
+from dafm_ray.datasets.registry import Entry, dataset_entry, missing_folder, read_dataset
 from dafm_ray.datasets.shards import open_shards
 from dafm_ray.errors import DataError
 from dafm_ray.progress import progress
@@ -76,7 +78,7 @@ def check(config: DatasetConfig) -> Check:
         DataError: no part of it is there.
     """
     drafts, findings = _read(config)
-    published = dataset_entry(config.name).published
+    entry = dataset_entry(config.name)
     parts: list[Part] = []
     for draft in drafts:
         leak = order_leak(draft)
@@ -92,12 +94,12 @@ def check(config: DatasetConfig) -> Check:
                 leak,
             )
         )
-        findings += _named(draft, [*draft.contradictions(), *_oddities(draft)])
+        findings += _named(draft, [*draft.contradictions(), *_oddities(draft, entry)])
         findings += _named(draft, _leaks(leak))
-        findings += _named(draft, _sizes(draft, published.get((draft.split, draft.category))))
+        findings += _named(draft, _sizes(draft, entry.published.get((draft.split, draft.category))))
     findings += _shared(drafts)
     if config.name == "icons" or config.root or config.images:
-        inspected = _Images(is_published=bool(published))
+        inspected = _Images()
         inspected.look_at(drafts)
         return Check(
             config.name,
@@ -137,24 +139,60 @@ def _named(draft: Draft, findings: Sequence[Finding]) -> list[Finding]:
     return [replace(finding, detail=f"{title}: {finding.detail}") for finding in findings]
 
 
-def _oddities(draft: Draft) -> Iterator[Finding]:
-    published = draft.name != "folder"
+def _oddities(draft: Draft, entry: Entry) -> Iterator[Finding]:
+    key = (draft.split, draft.category)
+    empty = [query for query in draft.queries if not all(c.strip() for c in query.captions)]
+    for query in empty:
+        count = sum(not caption.strip() for caption in query.captions)
+        detail = f"{count} of the {len(query.captions)} captions of query {query.id!r} is empty"
+        as_published = len(empty) == entry.empty_captions.get(key, 0)
+        yield Finding("empty caption", query.id, detail, not as_published)
     for query in draft.queries:
-        empty = sum(not caption.strip() for caption in query.captions)
-        if empty:
-            detail = f"{empty} of the {len(query.captions)} captions of query {query.id!r} is empty"
-            yield Finding("empty caption", query.id, detail, not published)
         if query.reference in query.targets:
             detail = f"the reference of query {query.id!r} is its own target"
             yield Finding("reference is target", query.id, detail, draft.policy == "mask")
-        yield from _group_oddities(query)
-    unlabelled = sum(not query.targets for query in draft.queries)
-    if 0 < unlabelled < len(draft.queries):
-        detail = f"{unlabelled} of {len(draft.queries)} queries have no target: ranked, not counted"
-        yield Finding("no target", "", detail, changes_metric=False)
+        yield from _group_oddities(query, entry.group_size)
+    yield from _unlike(draft, bool(entry.published))
+    yield from _paths(draft)
 
 
-def _group_oddities(query: Query) -> Iterator[Finding]:
+def _unlike(draft: Draft, published: bool) -> Iterator[Finding]:
+    """Labels and groups that some queries have and others lack, and queries that stand twice."""
+    total = len(draft.queries)
+    for what, lacking in (
+        ("target", [query.id for query in draft.queries if not query.targets]),
+        ("group", [query.id for query in draft.queries if not query.group]),
+    ):
+        if 0 < len(lacking) < total:
+            detail = f"{len(lacking):,} of {total:,} queries have no {what} (first: {lacking[0]!r})"
+            yield Finding(f"no {what}", "", detail, published or what == "group")
+    seen: dict[tuple[str, ...], str] = {}
+    for query in draft.queries:
+        content = (query.reference, *query.captions, "", *query.targets)
+        first = seen.setdefault(content, query.id)
+        if first != query.id:
+            detail = f"query {query.id!r} says the same as {first!r}"
+            yield Finding("repeated query", query.id, detail, changes_metric=False)
+
+
+def _paths(draft: Draft) -> Iterator[Finding]:
+    """Image paths that leave the root, and files that stand for several images."""
+    if not isinstance(draft.source, Files):
+        return
+    seen: dict[str, str] = {}
+    for id, locator in draft.images:
+        path = PurePosixPath(locator)
+        if path.is_absolute() or ".." in path.parts:
+            yield Finding("path leaves the root", id, f"{id}: the path {locator!r} leaves the root")
+        first = seen.setdefault(str(path), id)
+        if first != id:
+            yield Finding("one file for two ids", id, f"{id} and {first} are one file, {locator}")
+
+
+def _group_oddities(query: Query, size: int) -> Iterator[Finding]:
+    if size and len(query.group) != size:
+        detail = f"the group of query {query.id!r} has {len(query.group)} members, not {size}"
+        yield Finding("group of another size", query.id, detail)
     if not query.group:
         return
     if query.reference not in query.group:
@@ -186,7 +224,7 @@ def _sizes(draft: Draft, published: tuple[int, int] | None) -> list[Finding]:
         f"{found[0]:,} images and {found[1]:,} queries, published are {published[0]:,} and "
         f"{published[1]:,}; numbers do not compare with published ones"
     )
-    return [Finding("other size", "", detail, changes_metric=False)]
+    return [Finding("other size", "", detail)]
 
 
 def _shared(drafts: Sequence[Draft]) -> list[Finding]:
@@ -225,7 +263,6 @@ def _shared(drafts: Sequence[Draft]) -> list[Finding]:
 class _Images:
     """Looks at the images of all parts; each is decoded once."""
 
-    is_published: bool
     findings: list[Finding] = field(default_factory=list)
     checked: int = 0
     per_second: float = 0.0
@@ -295,7 +332,7 @@ class _Images:
                 ids[0],
                 f"{', '.join(ids)} have the same pixels; {touched[n] or 'no'} queries have one of "
                 "them as target or reference and count another as wrong",
-                changes_metric=bool(touched[n]) and not self.is_published,
+                changes_metric=bool(touched[n]),
             )
             for n, ids in enumerate(groups)
         ]

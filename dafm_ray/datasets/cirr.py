@@ -21,9 +21,13 @@ from dafm_ray.datasets.annotations import (
 )
 from dafm_ray.datasets.base import Draft, Query, exclude_reference
 from dafm_ray.datasets.images import Files
-from dafm_ray.errors import ConfigError, unknown
+from dafm_ray.errors import ConfigError, DataError, unknown
 
 SPLITS = ("train", "val", "test1")
+GROUP_SIZE = 6
+EMPTY_CAPTIONS = {("test1", ""): 1}
+"""(split, "") -> captions that are published empty."""
+
 PUBLISHED = {
     ("train", ""): (16_939, 28_225),
     ("val", ""): (2_297, 4_181),
@@ -44,17 +48,26 @@ def read_cirr(config: DatasetConfig) -> Draft:
     listed = f"image_splits/split.rc2.{config.split}.json"
     folder = annotations_below(config, "cirr", listed)
     places = read_json(folder / listed, dict)
+    texts(list(places.values()), "the path of an image", str(folder / listed))
     queries, problems = read_entries(folder / f"captions/cap.rc2.{config.split}.json", _query)
     return Draft(
         name="cirr",
         split=config.split,
         protocol="cirr",
         policy="mask",
-        images=tuple((name, str(path).removeprefix("./")) for name, path in places.items()),
+        images=tuple((name, path.removeprefix("./")) for name, path in places.items()),
         queries=queries,
         source=Files(config.root),
         problems=problems,
     )
+
+
+def _caption(entry: Any, where: str) -> str:
+    """The text; it may be empty, as one of the published captions is."""
+    caption = entry.get("caption")
+    if not isinstance(caption, str):
+        raise DataError(f"{where}: 'caption' must be text, found {caption!r}")
+    return caption
 
 
 def _query(entry: Any, where: str) -> Query:
@@ -64,7 +77,7 @@ def _query(entry: Any, where: str) -> Query:
     return Query(
         id=str(take(entry, "pairid", int, where)),
         reference=reference,
-        captions=texts([entry.get("caption")], "caption", where),
+        captions=(_caption(entry, where),),
         targets=(take(entry, "target_hard", str, where),) if labelled else (),
         excluded=exclude_reference(reference, "mask"),
         group=texts(img_set.get("members"), "img_set.members", where),

@@ -5,13 +5,12 @@ One query a line: {"id", "reference", "text" or "captions", "target" or "targets
 or inside their shards. The gallery is every image, or the lines of `gallery.txt`.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dafm_ray.config import DatasetConfig
-from dafm_ray.datasets.annotations import is_text, read_queries, read_text, texts
+from dafm_ray.datasets.annotations import is_text, parse_json, read_queries, read_text, texts
 from dafm_ray.datasets.base import Draft, Query, exclude_reference
 from dafm_ray.datasets.images import SUFFIXES, Files
 from dafm_ray.errors import DataError
@@ -42,7 +41,7 @@ def read_folder(config: DatasetConfig, names: Sequence[str] | None = None) -> Dr
         names = sorted(
             path.relative_to(folder).as_posix()
             for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES and path.is_file()
+            if path.suffix.lower() in SUFFIXES and (path.is_file() or path.is_symlink())
         )
     unspeakable = [name for name in names if not is_text(name)]
     if unspeakable:
@@ -67,15 +66,15 @@ def read_folder(config: DatasetConfig, names: Sequence[str] | None = None) -> Dr
 
 
 def _query(line: str, where: str) -> Query:
-    try:
-        values: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
+    values: dict[str, Any] = parse_json(line, where)
     if not isinstance(values, dict):
         raise DataError(f"{where} must be a JSON object")
     unknown = sorted(values.keys() - _KEYS)
     if unknown:
         raise DataError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(sorted(_KEYS))}")
+    for one, many in (("text", "captions"), ("target", "targets")):
+        if one in values and many in values:
+            raise DataError(f"{where}: {one!r} and {many!r} say the same; keep one")
     captions = _texts(values, "captions", "text", where)
     if not captions or not any(caption.strip() for caption in captions):
         raise DataError(f"{where}: 'text' is missing or empty")

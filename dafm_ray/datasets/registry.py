@@ -5,16 +5,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 
 from dafm_ray.config import DatasetConfig
+from dafm_ray.datasets import cirr, fashioniq, icons
 from dafm_ray.datasets.base import Dataset, Draft
-from dafm_ray.datasets.cirr import PUBLISHED as CIRR_SIZES
-from dafm_ray.datasets.cirr import SPLITS as CIRR_SPLITS
-from dafm_ray.datasets.cirr import read_cirr
-from dafm_ray.datasets.fashioniq import CATEGORIES, read_fashioniq
-from dafm_ray.datasets.fashioniq import PUBLISHED as FASHIONIQ_SIZES
-from dafm_ray.datasets.fashioniq import SPLITS as FASHIONIQ_SPLITS
 from dafm_ray.datasets.folder import read_folder
-from dafm_ray.datasets.icons import SPLITS as ICON_SPLITS
-from dafm_ray.datasets.icons import read_icons
 from dafm_ray.datasets.images import Files
 from dafm_ray.datasets.shards import Shards, open_shards, stored_in
 from dafm_ray.errors import ConfigError, DataError, unknown
@@ -30,6 +23,8 @@ class Entry:
         splits: its splits.
         categories: its categories.
         published: (split, category) -> images and queries as its authors count them.
+        empty_captions: (split, category) -> captions that are published empty.
+        group_size: members of every query's group, if the protocol says so.
     """
 
     read: Callable[[DatasetConfig], Draft]
@@ -37,19 +32,29 @@ class Entry:
     splits: tuple[str, ...] = ("",)
     categories: tuple[str, ...] = ("",)
     published: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    empty_captions: dict[tuple[str, str], int] = field(default_factory=dict)
+    group_size: int = 0
 
 
 _PLACES = frozenset({"root", "images"})
 
 DATASETS = {
-    "icons": Entry(read_icons, frozenset({"split"}), ICON_SPLITS),
-    "cirr": Entry(read_cirr, _PLACES | {"split", "annotations"}, CIRR_SPLITS, published=CIRR_SIZES),
+    "icons": Entry(icons.read_icons, frozenset({"split"}), icons.SPLITS),
+    "cirr": Entry(
+        cirr.read_cirr,
+        _PLACES | {"split", "annotations"},
+        cirr.SPLITS,
+        published=cirr.PUBLISHED,
+        empty_captions=cirr.EMPTY_CAPTIONS,
+        group_size=cirr.GROUP_SIZE,
+    ),
     "fashioniq": Entry(
-        read_fashioniq,
+        fashioniq.read_fashioniq,
         _PLACES | {"split", "annotations", "category", "gallery"},
-        FASHIONIQ_SPLITS,
-        CATEGORIES,
-        FASHIONIQ_SIZES,
+        fashioniq.SPLITS,
+        fashioniq.CATEGORIES,
+        fashioniq.PUBLISHED,
+        fashioniq.EMPTY_CAPTIONS,
     ),
     "folder": Entry(read_folder, _PLACES),
 }

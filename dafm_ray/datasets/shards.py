@@ -8,6 +8,7 @@ Shards lie on this machine or on any pyarrow filesystem.
 import functools
 import tarfile
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ ID, IMAGE = "id", "image"
 writes it."""
 
 _KINDS = (".tar", ".parquet")
+_NAMES = "`.tar` (uncompressed) or `.parquet`"
 _READERS = 16
 _ROWS = 16
 """Parquet rows in memory at a time."""
@@ -152,11 +154,18 @@ def open_shards(where: str) -> Shards:
 
 def stored_in(draft: Draft, source: ImageSource, places: Mapping[str, str]) -> Draft:
     """The draft with its images read from shards: by file name, else by id."""
-    by_stem = {PurePosixPath(name).stem: place for name, place in places.items()}
-    images = tuple(
-        (id, places.get(locator) or places.get(id) or by_stem.get(id, ""))
-        for id, locator in draft.images
-    )
+    by_stem: defaultdict[str, list[str]] = defaultdict(list)
+    for name in places:
+        by_stem[PurePosixPath(name).stem].append(name)
+
+    def place(id: str, locator: str) -> str:
+        exact = places.get(locator) or places.get(id)
+        names = by_stem.get(id, [])
+        if not exact and len(names) > 1:
+            raise DataError(f"{id!r} may be {names[0]!r} or {names[1]!r} of the shards; keep one")
+        return exact or (places[names[0]] if names else "")
+
+    images = tuple((id, place(id, locator)) for id, locator in draft.images)
     return replace(draft, images=images, source=source)
 
 
@@ -172,10 +181,14 @@ def _find(where: str) -> tuple[fs.FileSystem, list[str]]:
     try:
         info = filesystem.get_file_info(path)
         if info.type == fs.FileType.File:
+            if not path.endswith(_KINDS):
+                raise ConfigError(f"{where} is no shard; name files that end in {_NAMES}")
             return filesystem, [path]
-        if info.type == fs.FileType.Directory:
+        below = info.type == fs.FileType.Directory
+        if below:
             folder, pattern = path, "*"
-        listed = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        selector = fs.FileSelector(folder, allow_not_found=True, recursive=below)
+        listed = filesystem.get_file_info(selector)
     except OSError as error:
         raise ConfigError(f"cannot list {where}: {error}") from None
     paths = sorted(
@@ -186,7 +199,7 @@ def _find(where: str) -> tuple[fs.FileSystem, list[str]]:
         and fnmatch(entry.base_name, pattern)
     )
     if not paths:
-        raise ConfigError(f"{where} holds no shards; name files that end in {' or '.join(_KINDS)}")
+        raise ConfigError(f"{where} holds no shards; name files that end in {_NAMES}")
     return filesystem, paths
 
 
@@ -210,7 +223,10 @@ def _scan_parquet(filesystem: fs.FileSystem, path: str) -> list[tuple[str, str]]
     file = _parquet(filesystem, path)
     found: list[tuple[str, str]] = []
     for number in range(file.num_row_groups):
-        ids = file.read_row_group(number, columns=[ID]).column(ID).to_pylist()
+        column = file.read_row_group(number, columns=[ID]).column(ID)
+        if column.null_count:
+            raise DataError(f"{path} has rows without {ID!r}")
+        ids = column.to_pylist()
         found.extend((str(id), f"{number}:{row}") for row, id in enumerate(ids))
     return found
 
@@ -225,12 +241,18 @@ def _parquet(filesystem: fs.FileSystem, path: str) -> pq.ParquetFile:
     if image is not None and pa.types.is_struct(image):
         names = [image.field(n).name for n in range(image.num_fields)]
         image = image.field("bytes").type if "bytes" in names else None
-    if ID not in kinds or image is None or not _holds_bytes(image):
+    named = ID in kinds and (_is_text(kinds[ID]) or pa.types.is_integer(kinds[ID]))
+    if not named or image is None or not _holds_bytes(image):
+        found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
         raise DataError(
-            f"{path} must have the columns {ID!r} (text) and {IMAGE!r} (bytes, or a struct with "
-            f"'bytes'); found {', '.join(kinds)}"
+            f"{path} must have the columns {ID!r} (text or whole numbers) and {IMAGE!r} (bytes, or "
+            f"a struct with 'bytes'); found {found}"
         )
     return file
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

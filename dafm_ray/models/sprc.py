@@ -16,7 +16,7 @@ from dafm_ray.errors import ConfigError
 from dafm_ray.models.base import Contrast, FrozenModel, ModelId, Terms
 from dafm_ray.models.blip4cir import tiny_vocabulary, words_of
 from dafm_ray.models.captions import join_capitalised
-from dafm_ray.models.checkpoints import read_checkpoint
+from dafm_ray.models.checkpoints import load_strictly, read_checkpoint
 from dafm_ray.models.clip4cir import seeded
 from dafm_ray.models.preprocess import target_pad, to_tensor
 from dafm_ray.models.qformer import (

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from dafm_ray.config import DatasetConfig, EvaluateConfig, to_yaml
 from dafm_ray.datasets.base import Query, digest, refuse_duplicates
 from dafm_ray.datasets.registry import load_dataset
-from dafm_ray.errors import DafmError, DataError, refusals
+from dafm_ray.errors import ConfigError, DafmError, DataError, refusals
 from dafm_ray.evaluation.metrics import UNRANKED
 from dafm_ray.evaluation.protocols import HEADLINE, protocol
 from dafm_ray.evaluation.significance import Bootstrap, compare
@@ -68,7 +68,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     systems: list[Fusion] = [*singles(stores[0]), *systems_named]
     if config.tuning_stores:
         systems.append(_convex(stores, [TileStore(uri) for uri in config.tuning_stores]))
-    refuse_duplicates([system.name for system in systems], "system")
+    _refuse_same_names(systems)
     rules = protocol(stores[0].manifest.protocol)
     with progress("evaluate", len(queries), unit="query") as shown:
         parts = [rank_systems(store, systems, rules, shown) for store in stores]
@@ -98,12 +98,21 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     return Evaluation(table, out / "report.html", len(failures))
 
 
+def _refuse_same_names(systems: Sequence[Fusion]) -> None:
+    names = [system.name for system in systems]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"two systems are called {name!r}; name a fusion once, and call no model like one"
+            )
+
+
 def _refuse_incomplete(store: TileStore) -> None:
     missing = store.missing()
     if missing:
         raise DataError(
             f"{store.uri} lacks {len(missing)} tiles (first: {missing[0]}); "
-            "run `dafm precompute` to the end first"
+            "run `dafm precompute` (or `dafm tiles ingest`) to the end first"
         )
 
 
@@ -112,12 +121,30 @@ def _refuse_unlike(stores: Sequence[TileStore]) -> None:
     first = stores[0]
     for store in stores[1:]:
         _refuse_other_models(first, store, "reported together")
-        if store.manifest.protocol != first.manifest.protocol:
+        mine, theirs = first.manifest, store.manifest
+        for what, one, other in (
+            ("protocol", mine.protocol, theirs.protocol),
+            ("reference policy", mine.policy, theirs.policy),
+            ("data set", mine.dataset["name"], theirs.dataset["name"]),
+            ("split", mine.dataset["split"], theirs.dataset["split"]),
+        ):
+            if one != other:
+                raise DataError(
+                    f"{first.uri} has {what} {one!r}, {store.uri} has {other!r}; one number means "
+                    "one protocol"
+                )
+        if not protocol(mine.protocol).macro and mine.gallery_digest != theirs.gallery_digest:
             raise DataError(
-                f"{first.uri} has protocol {first.manifest.protocol}, {store.uri} has "
-                f"{store.manifest.protocol}; one number means one protocol"
+                f"{first.uri} and {store.uri} search other galleries; protocol {mine.protocol} "
+                "has one"
             )
     refuse_duplicates([query.id for store in stores for query in store.queries], "query")
+    categories = {query.category for store in stores for query in store.queries}
+    if protocol(first.manifest.protocol).macro and "" in categories and len(categories) > 1:
+        raise DataError(
+            f"some queries have no category, others have; protocol {first.manifest.protocol} "
+            "averages over categories, so name them all"
+        )
 
 
 def _refuse_other_models(store: TileStore, other: TileStore, what: str) -> None:
@@ -226,7 +253,20 @@ def _caption(manifests: Sequence[Manifest], queries: Sequence[Query]) -> str:
         f"{joint_title(manifests)}{places}, protocol {first.protocol}, reference {policy}, "
         f"{len(queries):,} queries"
         f"{f' ({unlabelled:,} more have no target)' if unlabelled else ''}, {several} of "
-        f"{sizes} images.{macro}"
+        f"{sizes} images.{macro}{_without_groups(first, queries)}"
+    )
+
+
+def _without_groups(manifest: Manifest, queries: Sequence[Query]) -> str:
+    """Why a protocol's subset recall is not shown."""
+    if manifest.protocol != "cirr":
+        return ""
+    lacking = sum(not set(query.group) & set(query.targets) for query in queries)
+    if not lacking:
+        return ""
+    return (
+        f" Rsubset and Rmean are left out: {lacking:,} queries have no group that holds their "
+        "target."
     )
 
 

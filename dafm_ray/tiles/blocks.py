@@ -23,6 +23,22 @@ def checksum(data: pa.Buffer) -> str:
     return xxhash.xxh3_128_hexdigest(memoryview(data))
 
 
+class ScoresDigest:
+    """XXH3-128 of a system's scores, query by query in stored order."""
+
+    def __init__(self) -> None:
+        self._hasher = xxhash.xxh3_128()
+
+    def update(self, scores_BN: Array) -> None:
+        """Take further queries; every NaN counts as the same."""
+        rows = np.where(np.isnan(scores_BN), np.nan, scores_BN).astype(np.float32)
+        self._hasher.update(np.ascontiguousarray(rows).data.cast("B"))
+
+    def hex(self) -> str:
+        """The digest."""
+        return self._hasher.hexdigest()
+
+
 def encode_array(values: Array) -> pa.Buffer:
     """(rows, ...) array -> Arrow IPC file with one fixed-shape tensor a row, in column `values`."""
     rows = np.ascontiguousarray(values)

@@ -9,6 +9,7 @@ In pandas: `np.frombuffer(row, dtype)` gives the scores of a query in the order 
 """
 
 import json
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dafm_ray.datasets.base import Draft
+from dafm_ray.datasets.base import PROTOCOLS, Draft
 from dafm_ray.datasets.images import NoImages
 from dafm_ray.errors import DataError, refusals
 from dafm_ray.progress import progress
@@ -29,6 +30,7 @@ from dafm_ray.tiles.manifest import ModelEntry
 from dafm_ray.tiles.store import TileStore
 
 METADATA = b"dafm_ray"
+DIGESTS = "dafm_ray.scores"
 FORMAT = 1
 _PREFIX = "scores."
 _GROUP_BYTES = 64_000_000
@@ -45,11 +47,12 @@ def export(store: TileStore, to: str) -> None:
     if missing:
         raise DataError(
             f"{store.uri} lacks {len(missing)} tiles (first: {missing[0]}); "
-            "run `dafm precompute` to the end first"
+            "run `dafm precompute` (or `dafm tiles ingest`) to the end first"
         )
     schema = _schema(store)
     row_bytes = len(store.models) * store.size("gallery") * np.dtype(_type(store)).itemsize
     step = max(1, _GROUP_BYTES // row_bytes)
+    digests = {model: blocks.ScoresDigest() for model in store.models}
     plain = [field.name for field in schema if not field.name.startswith(_PREFIX)]
     with (
         _replacing(Path(to)) as temporary,
@@ -62,13 +65,16 @@ def export(store: TileStore, to: str) -> None:
             for start in range(0, len(rows), step):
                 part = rows[start : start + step]
                 labels = blocks.queries_batch(store.queries[part.start : part.stop])
-                scores = [
-                    _binary(store.scores(model, block, slice(start, start + step)))
-                    for model in store.models
-                ]
+                scores = []
+                for model in store.models:
+                    found = store.scores(model, block, slice(start, start + step))
+                    digests[model].update(found)
+                    scores.append(_binary(found))
                 columns = [*labels.columns, *scores]
                 writer.write_batch(pa.record_batch(columns, schema=schema))
                 shown.advance(len(part))
+        found_digests = {model: digest.hex() for model, digest in digests.items()}
+        writer.add_key_value_metadata({DIGESTS: json.dumps(found_digests)})
 
 
 def _type(store: TileStore) -> str:
@@ -102,7 +108,7 @@ def _binary(scores_BN: Array) -> pa.Array:
 @contextmanager
 def _replacing(file: Path) -> Iterator[Path]:
     """A temporary file that takes the name of `file` when it is whole."""
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     with refusals(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -119,12 +125,16 @@ class Export:
     Attributes:
         draft: what the scores are about.
         spec: what opens the data set again.
-        systems: model -> scores and identity.
+        systems: model -> scores.
+        entries: model -> what the store knew of it.
+        digests: model -> digest of its scores when they were written.
     """
 
     draft: Draft
     spec: dict[str, Any]
-    systems: dict[str, tuple["ExportedScores", ModelEntry]]
+    systems: dict[str, "ExportedScores"]
+    entries: dict[str, ModelEntry]
+    digests: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -161,42 +171,69 @@ def read_export(file: Path) -> Export:
     """Open a file that `export` wrote.
 
     Raises:
-        DataError: it is not such a file, or its columns do not fit its metadata.
+        DataError: it is not such a file, or it contradicts itself.
     """
     try:
         parquet = pq.ParquetFile(file)
         about = json.loads((parquet.schema_arrow.metadata or {})[METADATA])
+        digests = json.loads((parquet.metadata.metadata or {})[DIGESTS.encode()])
         known = about["format"] == FORMAT
-        models = {name: ModelEntry(**entry) for name, entry in about["models"].items()}
+        entries = {name: ModelEntry(**entry) for name, entry in about["models"].items()}
         dtype = {"<f4": "float32", "<f2": "float16"}[about["dtype"]]
         ids, order = about["gallery_ids"], about["source_order"]
         images = [id for _, id in sorted(zip(order, ids, strict=True))]
         spec, protocol, policy = about["dataset"], about["protocol"], about["policy"]
+        title = (str(spec["name"]), str(spec.get("split", "")), str(spec.get("category", "")))
+        sound = (
+            all(isinstance(id, str) for id in ids)
+            and digests.keys() == entries.keys() != set()
+            and policy in ("mask", "keep")
+            and PROTOCOLS.get(protocol, "") in (None, policy)
+        )
     except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{file} is not a file that `dafm tiles export` wrote") from None
-    width = len(ids) * np.dtype(dtype).itemsize
-    for name in models:
-        column = _PREFIX + name
-        if column not in parquet.schema_arrow.names:
-            raise DataError(f"{file} lacks the column {column!r}")
-        if parquet.schema_arrow.field(column).type != pa.binary(width):
-            raise DataError(f"{file}: {column!r} must hold {width} bytes a query")
     if not known:
         raise DataError(f"{file} has format {about['format']}; this version reads format {FORMAT}")
+    if not sound:
+        raise DataError(f"{file}: its metadata contradict themselves; export the store again")
+    _check_columns(file, parquet, list(entries), len(ids) * np.dtype(dtype).itemsize)
     queries = blocks.queries_of(parquet.read(columns=blocks.QUERY_COLUMNS))
+    for query in queries:
+        if (query.reference in query.excluded) != (policy == "mask"):
+            raise DataError(
+                f"{file}: query {query.id!r} does not treat its reference as {policy!r} says"
+            )
     query_ids = [query.id for query in queries]
     draft = Draft(
-        name=spec.get("name", ""),
-        split=spec.get("split", ""),
+        name=title[0],
+        split=title[1],
         protocol=protocol,
         policy=policy,
         images=tuple((id, "") for id in images),
         queries=queries,
         source=NoImages(),
-        category=spec.get("category", ""),
+        category=title[2],
     )
     systems = {
-        name: (ExportedScores(parquet, _PREFIX + name, dtype, query_ids, ids), entry)
-        for name, entry in models.items()
+        name: ExportedScores(parquet, _PREFIX + name, dtype, query_ids, ids) for name in entries
     }
-    return Export(draft, spec, systems)
+    return Export(draft, spec, systems, entries, digests)
+
+
+def _check_columns(file: Path, parquet: pq.ParquetFile, models: Sequence[str], width: int) -> None:
+    """DataError unless every column is there, of its type and without gaps."""
+    expected = {field.name: field.type for field in blocks.queries_batch([]).schema}
+    expected |= {_PREFIX + name: pa.binary(width) for name in models}
+    found = {field.name: field.type for field in parquet.schema_arrow}
+    for name, kind in expected.items():
+        if name not in found:
+            raise DataError(f"{file} lacks the column {name!r}")
+        if found[name] != kind:
+            raise DataError(f"{file}: the column {name!r} must hold {kind}, found {found[name]}")
+    for group in range(parquet.num_row_groups):
+        for name in expected:
+            column = parquet.read_row_group(group, columns=[name]).column(0)
+            lists = pa.types.is_list(column.type)
+            inner = sum(chunk.values.null_count for chunk in column.chunks) if lists else 0
+            if column.null_count + inner:
+                raise DataError(f"{file}: the column {name!r} has empty cells")

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import xxhash
 
 from dafm_ray.errors import DataError
 from dafm_ray.tiles.blocks import Array
 
 FLOATS = ("float32", "float16")
-_CHUNK = 1 << 22
+ABOUT = frozenset({"scores.json", "queries.json", "query_ids.json", "gallery_ids.json"})
+"""Files of a score folder that say what the scores are about."""
 
 
 class ForeignScores(Protocol):
@@ -58,8 +58,8 @@ class Matrix:
 
     @property
     def dtype(self) -> str:
-        """Of the file."""
-        return str(self.values.dtype)
+        """Of the file, whatever its byte order."""
+        return str(self.values.dtype.name)
 
     def shape(self) -> tuple[int, int]:
         """(queries, candidates)."""
@@ -114,7 +114,7 @@ def read_systems(folder: Path) -> tuple[dict[str, tuple[ForeignScores, Path]], l
     for file in sorted(folder.iterdir()):
         name = file.name.removesuffix(".gz")
         stem, suffix = Path(name).stem, Path(name).suffix
-        if suffix not in _READERS or not file.is_file():
+        if suffix not in _READERS or not file.is_file() or file.name in ABOUT:
             continue
         scores = _READERS[suffix](file)
         if isinstance(scores, str):
@@ -126,15 +126,6 @@ def read_systems(folder: Path) -> tuple[dict[str, tuple[ForeignScores, Path]], l
             if isinstance(scores, RankLists) and scores.note:
                 notes.append(scores.note)
     return found, notes
-
-
-def file_digest(file: Path) -> str:
-    """XXH3-128 of a file's bytes, in hex."""
-    hasher = xxhash.xxh3_128()
-    with file.open("rb") as opened:
-        while chunk := opened.read(_CHUNK):
-            hasher.update(chunk)
-    return hasher.hexdigest()
 
 
 def _read_npy(file: Path) -> Matrix:
@@ -174,10 +165,8 @@ def _only(arrays: Mapping[str, Array], file: Path) -> Array:
 def _matrix(values: Array, file: Path) -> Matrix:
     if values.ndim != 2:
         raise DataError(f"{file} must be (queries, candidates); it has the shape {values.shape}")
-    if str(values.dtype) not in FLOATS:
-        raise DataError(
-            f"{file} holds {values.dtype}; save it as float32 (a narrower type makes ties)"
-        )
+    if values.dtype.name not in FLOATS:
+        raise DataError(f"{file} holds {values.dtype}; save it as float32")
     return Matrix(values)
 
 
@@ -198,6 +187,8 @@ def _read_trec(file: Path) -> RankLists:
         scores = lists.setdefault(query, {})
         if candidate in scores:
             raise DataError(f"{file}:{n}: candidate {candidate!r} stands twice for {query!r}")
+        if abs(value) > np.finfo(np.float32).max:
+            raise DataError(f"{file}:{n}: the score {score} is not a float32 number")
         scores[candidate] = value
     tied = sum(
         len(set(scores.values())) > len(np.unique(np.array(list(scores.values()), np.float32)))
@@ -211,8 +202,8 @@ def _read_server_file(file: Path) -> RankLists | str | None:
     """CIRR test-server file: reciprocal ranks; None for JSON that is something else."""
     try:
         values = json.loads(_text(file))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} is not JSON: {error}") from None
+    except json.JSONDecodeError:
+        return "it is not JSON"
     if not isinstance(values, dict) or not {"version", "metric"} <= values.keys():
         return None
     if values["metric"] != "recall":
@@ -237,7 +228,7 @@ def _rank_lists(lists: dict[str, dict[str, float]]) -> RankLists:
 def _text(file: Path) -> str:
     try:
         data = file.read_bytes()
-        return (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
+        return (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
 

@@ -13,14 +13,14 @@ its queries and gallery are taken and the folder needs only the systems.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from dafm_ray.config import DatasetConfig, PrecomputeConfig, parse_config
-from dafm_ray.datasets.annotations import read_json, read_queries, take, texts
+from dafm_ray.datasets.annotations import is_text, read_json, read_queries, take, texts
 from dafm_ray.datasets.base import (
     PROTOCOLS,
     Dataset,
@@ -34,14 +34,15 @@ from dafm_ray.datasets.images import NoImages
 from dafm_ray.datasets.registry import read_dataset
 from dafm_ray.errors import ConfigError, DataError, unknown
 from dafm_ray.progress import progress
-from dafm_ray.tiles.blocks import Array
+from dafm_ray.tiles.blocks import Array, ScoresDigest
 from dafm_ray.tiles.export import read_export
-from dafm_ray.tiles.foreign import FLOATS, ForeignScores, file_digest, read_systems
+from dafm_ray.tiles.foreign import FLOATS, ForeignScores, read_systems
 from dafm_ray.tiles.lease import writing
 from dafm_ray.tiles.manifest import MADE_ELSEWHERE, Grid, ModelEntry, ScoreType
 from dafm_ray.tiles.storage import Storage, open_storage
-from dafm_ray.tiles.store import TileStore, score_key
+from dafm_ray.tiles.store import TileStore, score_key, spans
 
+Q_ROWS = PrecomputeConfig.tile_queries
 NAMED = 5
 """Ids that a message about ids names at most."""
 
@@ -101,7 +102,6 @@ class _System:
     """A system and where its rows and columns stand in the store's order."""
 
     scores: ForeignScores
-    entry: ModelEntry
     rows: Sequence[int]
     columns: Array
 
@@ -122,17 +122,23 @@ def ingest(source: str, out: str, dataset: DatasetConfig | None = None) -> Inges
     """
     path = Path(source)
     if path.is_file():
+        if dataset is not None:
+            raise ConfigError(f"{source} says itself what it is about; leave the data set out")
         exported = read_export(path)
         opened, spec = exported.draft.dataset(), exported.spec
         notes: list[str] = []
         systems = {
-            name: _aligned(scores, opened, entry, None, None, path)
-            for name, (scores, entry) in exported.systems.items()
+            name: _aligned(scores, opened, None, None, path)
+            for name, scores in exported.systems.items()
         }
+        entries = exported.entries
     elif path.is_dir():
         draft, spec = _searched(path, dataset)
         opened = draft.dataset()
-        systems, notes = _systems(path, opened)
+        systems, files, notes = _systems(path, opened)
+        entries = {
+            name: ModelEntry(f"{MADE_ELSEWHERE}:{name}@{files[name].name}", "") for name in systems
+        }
     else:
         raise DataError(f"there is no score folder or exported file {source}")
     score_type: ScoreType = (
@@ -141,20 +147,43 @@ def ingest(source: str, out: str, dataset: DatasetConfig | None = None) -> Inges
     storage = open_storage(out)
     with writing(storage):
         _refuse_narrower(storage, score_type)
+        digests = _digests(opened, systems, spans(len(opened.queries), Q_ROWS))
+        for name, entry in entries.items():
+            if not entry.weights_digest:
+                entries[name] = replace(entry, weights_digest=digests[name])
+            elif exported.digests[name] != digests[name]:
+                raise DataError(f"{source}: the scores of {name} have changed since the export")
         store = TileStore.create(
             out,
             opened,
             spec,
-            {name: system.entry for name, system in systems.items()},
-            Grid(
-                PrecomputeConfig.encode_block,
-                PrecomputeConfig.tile_queries,
-                PrecomputeConfig.tile_candidates,
-            ),
+            entries,
+            Grid(PrecomputeConfig.encode_block, Q_ROWS, PrecomputeConfig.tile_candidates),
             score_type,
         )
-        coverage = _write(store, systems)
+        store.repair()
+        coverage = _write(store, opened, systems)
     return Ingested(store, coverage, notes)
+
+
+def _digests(
+    dataset: Dataset, systems: Mapping[str, "_System"], blocks: Sequence[range]
+) -> dict[str, str]:
+    """Digest of each system's scores as they are aligned: other ids are other scores.
+
+    Raises:
+        DataError: a score is infinite.
+    """
+    found: dict[str, str] = {}
+    with progress("read", len(systems) * len(blocks), unit="block") as shown:
+        for name, system in systems.items():
+            digest = ScoresDigest()
+            for rows in blocks:
+                block = _in_order(dataset, name, system, rows)
+                digest.update(block)
+                shown.advance()
+            found[name] = digest.hex()
+    return found
 
 
 def _refuse_narrower(storage: Storage, score_type: ScoreType) -> None:
@@ -189,7 +218,13 @@ def _searched(folder: Path, dataset: DatasetConfig | None) -> tuple[Draft, dict[
     )
     ids = _read_ids(folder / "gallery_ids.json")
     named = {id for q in queries for id in (q.reference, *q.targets, *q.excluded, *q.group)}
-    _refuse_strangers(sorted(named), ids, f"{file} names image", "gallery_ids.json")
+    _refuse_strangers(sorted(named), ids, f"{file}: gallery_ids.json does not hold")
+    categories = {query.category for query in queries}
+    if config.protocol.startswith("fashioniq") and len(categories) > 1:
+        raise DataError(
+            f"{file} holds queries of {len(categories)} categories, and {config.protocol} has one "
+            "gallery a category; write a score folder for each and evaluate the stores together"
+        )
     draft = Draft(
         name=config.dataset,
         split=config.split,
@@ -205,19 +240,30 @@ def _searched(folder: Path, dataset: DatasetConfig | None) -> tuple[Draft, dict[
     return draft, asdict(opened)
 
 
+_KEYS = ("id", "reference", "targets", "captions", "group", "fold_group", "category", "excluded")
+
+
 def _query(entry: Any, where: str, config: ScoresConfig) -> Query:
+    if isinstance(entry, dict):
+        for key in entry.keys() - set(_KEYS):
+            raise DataError(f"{where}: {unknown('key', key, _KEYS)}")
     reference = take(entry, "reference", str, where)
     policy: ReferencePolicy = config.reference
     also = texts(entry.get("excluded") or [], "excluded", where)
-    excluded = dict.fromkeys((*exclude_reference(reference, policy), *also))
+    targets = texts(entry.get("targets") or [], "targets", where)
+    group = texts(entry.get("group") or [], "group", where)
+    if policy == "mask" and reference in targets:
+        raise DataError(f"{where}: a target is the reference, which is never ranked")
+    if group and reference not in group:
+        raise DataError(f"{where}: the group does not hold the reference")
     id = entry.get("id")
     return Query(
-        id=str(id) if isinstance(id, int) else take(entry, "id", str, where),
+        id=str(id) if type(id) is int else take(entry, "id", str, where),
         reference=reference,
         captions=texts(entry.get("captions") or [], "captions", where),
-        targets=texts(entry.get("targets") or [], "targets", where),
-        excluded=tuple(excluded),
-        group=texts(entry.get("group") or [], "group", where),
+        targets=targets,
+        excluded=tuple(dict.fromkeys((*exclude_reference(reference, policy), *also))),
+        group=group,
         fold_group=str(entry.get("fold_group") or ""),
         category=str(entry.get("category") or config.category),
     )
@@ -226,14 +272,19 @@ def _query(entry: Any, where: str, config: ScoresConfig) -> Query:
 def _read_ids(file: Path) -> list[str]:
     """A list of ids; numbers are taken as text."""
     values = read_json(file, list)
-    if not all(isinstance(value, str | int) for value in values):
+    if not all(type(value) is int or isinstance(value, str) for value in values):
         raise DataError(f"{file} must be a list of ids")
+    for value in values:
+        if not is_text(str(value)):
+            raise DataError(f"{file}: {value!r} holds characters that are not Unicode text")
     ids = [str(value) for value in values]
     refuse_duplicates(ids, f"{file}: id")
     return ids
 
 
-def _systems(folder: Path, dataset: Dataset) -> tuple[dict[str, _System], list[str]]:
+def _systems(
+    folder: Path, dataset: Dataset
+) -> tuple[dict[str, _System], dict[str, Path], list[str]]:
     found, notes = read_systems(folder)
     if not found:
         raise DataError(f"{folder} holds no scores: no .npy, .safetensors, run or server file")
@@ -241,23 +292,15 @@ def _systems(folder: Path, dataset: Dataset) -> tuple[dict[str, _System], list[s
     query_ids = _read_ids(folder / "query_ids.json") if dense else None
     gallery_ids = _read_ids(folder / "gallery_ids.json") if dense else None
     systems = {
-        name: _aligned(
-            scores,
-            dataset,
-            ModelEntry(f"{MADE_ELSEWHERE}:{name}@{file.name}", file_digest(file)),
-            query_ids,
-            gallery_ids,
-            file,
-        )
+        name: _aligned(scores, dataset, query_ids, gallery_ids, file)
         for name, (scores, file) in found.items()
     }
-    return systems, notes
+    return systems, {name: file for name, (_, file) in found.items()}, notes
 
 
 def _aligned(
     scores: ForeignScores,
     dataset: Dataset,
-    entry: ModelEntry,
     query_ids: Sequence[str] | None,
     gallery_ids: Sequence[str] | None,
     file: Path,
@@ -273,28 +316,28 @@ def _aligned(
             f"{file} is {shape[0]} x {shape[1]}, but query_ids.json names {len(rows)} queries and "
             f"gallery_ids.json {len(columns)} candidates"
         )
-    queries = [query.id for query in dataset.queries]
-    _refuse_strangers(rows, queries, f"{file}: query", "the queries")
-    _refuse_strangers(queries, rows, f"{file} lacks query", "it")
-    _refuse_strangers(columns, dataset.gallery.ids, f"{file}: candidate", "the gallery")
+    queries, gallery = [query.id for query in dataset.queries], dataset.gallery.ids
+    _refuse_strangers(rows, queries, f"{file}: the queries do not hold")
+    _refuse_strangers(queries, rows, f"{file} has no scores of the queries")
+    _refuse_strangers(columns, gallery, f"{file}: the gallery does not hold")
     if shape is not None:
-        _refuse_strangers(dataset.gallery.ids, columns, f"{file} lacks candidate", "it")
+        _refuse_strangers(gallery, columns, f"{file} has no scores of the candidates")
     row_of = {id: n for n, id in enumerate(rows)}
     column_of = {id: n for n, id in enumerate(columns)}
-    places = np.array([column_of.get(id, -1) for id in dataset.gallery.ids])
-    return _System(scores, entry, [row_of[id] for id in queries], places)
+    places = np.array([column_of.get(id, -1) for id in gallery])
+    return _System(scores, [row_of[id] for id in queries], places)
 
 
-def _refuse_strangers(given: Sequence[str], known: Sequence[str], what: str, where: str) -> None:
+def _refuse_strangers(given: Sequence[str], known: Sequence[str], what: str) -> None:
     """DataError that names the first ids that are not known."""
     strangers = sorted(set(given) - set(known))
     if strangers:
         named = ", ".join(map(repr, strangers[:NAMED]))
         more = f" and {len(strangers) - NAMED} more" if len(strangers) > NAMED else ""
-        raise DataError(f"{what} {named}{more}: not in {where}; ids are compared as written")
+        raise DataError(f"{what} {named}{more}; ids are compared as written")
 
 
-def _write(store: TileStore, systems: Mapping[str, _System]) -> list[Coverage]:
+def _write(store: TileStore, opened: Dataset, systems: Mapping[str, _System]) -> list[Coverage]:
     total = sum(len(store.score_keys(name)) for name in systems)
     coverage: list[Coverage] = []
     with progress("ingest", total, unit="tile") as shown:
@@ -302,29 +345,30 @@ def _write(store: TileStore, systems: Mapping[str, _System]) -> list[Coverage]:
             done = store.finished()
             empty, missing = 0, 0
             for q, rows in enumerate(store.tile_rows):
-                block = _in_order(store, name, system, rows)
+                block = _in_order(opened, name, system, rows)
                 absent = np.isnan(block)
                 empty += int(absent.all(axis=1).sum())
                 missing += int(absent.sum())
                 for n, columns in enumerate(store.tile_columns):
                     if score_key(name, q, n) not in done:
                         tile = block[:, columns.start : columns.stop]
-                        store.write(score_key(name, q, n), tile)
+                        store.write(score_key(name, q, n), tile.astype(store.manifest.score_type))
                     shown.advance()
             size = store.size("queries") * store.size("gallery")
             coverage.append(Coverage(name, system.scores.dtype, empty, missing / size))
     return coverage
 
 
-def _in_order(store: TileStore, name: str, system: _System, rows: range) -> Array:
-    """(B, N) scores of some queries in the store's order and type."""
+def _in_order(dataset: Dataset, name: str, system: _System, rows: range) -> Array:
+    """(B, N) scores of some queries in the store's order, in the file's type."""
     given = system.scores.rows([system.rows[row] for row in rows])
-    for r, n in np.argwhere(np.isinf(given))[:1]:
-        raise DataError(
-            f"{name}: the score of query {store.queries[rows[int(r)]].id!r} is infinite (column "
-            f"{int(n)}); write NaN for a candidate that was not scored"
-        )
-    block = np.full((len(rows), len(system.columns)), np.nan, dtype=store.manifest.score_type)
+    block = np.full((len(rows), len(system.columns)), np.nan, dtype=system.scores.dtype)
     present = system.columns >= 0
     block[:, present] = given[:, system.columns[present]]
+    for r, n in np.argwhere(np.isinf(block))[:1]:
+        raise DataError(
+            f"{name}: the score of query {dataset.queries[rows[int(r)]].id!r} and candidate "
+            f"{dataset.gallery.ids[int(n)]!r} is infinite; write NaN for a candidate that was not "
+            "scored"
+        )
     return block

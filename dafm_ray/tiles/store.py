@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from dafm_ray.datasets.base import Dataset, Query
+from dafm_ray.datasets.base import Dataset, Query, title_of
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.tiles import blocks
 from dafm_ray.tiles.blocks import Array
@@ -130,6 +130,16 @@ class TileStore:
 
     def _check_same(self, dataset: Dataset) -> None:
         mine = self.manifest
+        # A folder is called by its path, which may change.
+        split = "" if dataset.name == "folder" else dataset.split
+        label = (dataset.protocol, dataset.policy, dataset.name, split)
+        kept = (mine.protocol, mine.policy, *(mine.dataset.get(k) for k in ("name", "split")))
+        if mine.dataset and kept != label:
+            raise DataError(
+                f"{self.uri} was made for {mine.title} under protocol {mine.protocol}, not for "
+                f"{title_of(dataset.name, split, '')} under {dataset.protocol}; one store has one "
+                "protocol. Choose another folder"
+            )
         for what, stored, given in (
             ("gallery", mine.gallery_digest, dataset.gallery.digest),
             ("queries", mine.queries_digest, dataset.queries_digest),
@@ -255,7 +265,8 @@ class TileStore:
         digest = self._records.get(key)
         if digest is None:
             raise DataError(
-                f"{self.uri}: {key} is not there yet; run `dafm precompute` to the end first"
+                f"{self.uri}: {key} is not there yet; run `dafm precompute` "
+                "(or `dafm tiles ingest`) to the end first"
             )
         path = f"{key}.{digest}.arrow"
         try:
@@ -383,7 +394,10 @@ class TileStore:
         return self.storage.read(path)
 
 
-_MEND = "run `dafm tiles verify --repair` on the store, then `dafm precompute` again"
+_MEND = (
+    "run `dafm tiles verify --repair` on the store, then `dafm precompute` "
+    "(or `dafm tiles ingest`) again"
+)
 _RECORD = re.compile(r"records/(.+)\.([0-9a-f]{32})\.json")
 
 

@@ -86,7 +86,7 @@ def test_everything_wrong_with_annotations_is_listed(tmp_path):
     unreadable = [f for f in found.findings if f.check == "unreadable entry"]
     assert len(unreadable) == 1
     assert "entry 6: 'reference' is missing" in unreadable[0].detail
-    assert not next(f for f in found.findings if f.check == "empty caption").changes_metric
+    assert next(f for f in found.findings if f.check == "empty caption").changes_metric
     missing = {f.item for f in found.findings if f.check == "missing part"}
     assert missing == {"train", "test1"}
 
@@ -146,17 +146,63 @@ def test_shards_are_checked_as_files_are(tmp_path):
 
 
 @with_ray
-def test_published_data_counts_as_published(tmp_path):
-    """Twins of a published gallery are part of its protocol; a missing image is not."""
+def test_twins_of_a_target_change_the_metric(tmp_path):
     config = cirr_layout(tmp_path)
     images = sorted((tmp_path / "dev").iterdir())
     images[0].write_bytes(images[1].read_bytes())
     images[2].unlink()
     found = check(config)
-    twins = next(finding for finding in found.findings if finding.check == "identical pixels")
-    assert not twins.changes_metric
-    assert "queries have one of them" in twins.detail
-    assert found.changes_metric == 1
+    by_kind = {finding.check: finding for finding in found.findings}
+    assert by_kind["identical pixels"].changes_metric
+    assert "queries have one of them" in by_kind["identical pixels"].detail
+    assert by_kind["unusable image"].changes_metric
+
+
+def damaged(tmp_path, reference_material, edit):
+    """The real CIRR val with one damage."""
+    source = reference_material / "data" / "cirr"
+    for folder, name in (("captions", "cap"), ("image_splits", "split")):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        file = f"{folder}/{name}.rc2.val.json"
+        values = json.loads((source / file).read_text())
+        (tmp_path / file).write_text(json.dumps(edit(name, values)))
+    return check(DatasetConfig("cirr", "val", annotations=str(tmp_path)))
+
+
+DAMAGES = {
+    "none": lambda name, values: values,
+    "empty caption": lambda name, values: (
+        values if name == "split" else [{**values[0], "caption": ""}, *values[1:]]
+    ),
+    "other size": lambda name, values: values if name == "split" else values[1181:],
+    "no target": lambda name, values: (
+        values
+        if name == "split"
+        else [{k: v for k, v in values[0].items() if k != "target_hard"}, *values[1:]]
+    ),
+    "group of another size": lambda name, values: (
+        values
+        if name == "split"
+        else [{**values[0], "img_set": {"id": 1, "members": []}}, *values[1:]]
+    ),
+    "path leaves the root": lambda name, values: (
+        {**values, next(iter(values)): "../../x.png"} if name == "split" else values
+    ),
+    "one file for two ids": lambda name, values: (
+        {**values, next(iter(values)): list(values.values())[1]} if name == "split" else values
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damage_to_published_annotations_changes_the_metric(
+    tmp_path, reference_material, damage
+):
+    found = damaged(tmp_path, reference_material, DAMAGES[damage])
+    if damage == "none":
+        assert found.changes_metric == 0
+    else:
+        assert damage in {f.check for f in found.findings if f.changes_metric}
 
 
 def test_a_missing_image_folder_is_one_finding(tmp_path):

@@ -72,7 +72,7 @@ def test_an_empty_caption_is_part_of_the_published_data(tmp_path):
     [
         ({"pairid": "x"}, "entry 0: 'pairid' must be a whole number"),
         ({"reference": ""}, "entry 0: 'reference' must be text"),
-        ({"caption": None}, "entry 0: 'caption' must be a list of strings"),
+        ({"caption": None}, "entry 0: 'caption' must be text, found None"),
         ({"img_set": {"members": "a"}}, r"'img_set\.members' must be a list"),
         ({"reference": "dev-9"}, "'dev-9', which is not in the gallery"),
         ({"target_hard": "dev-9"}, "'dev-9', which is not in the gallery"),

@@ -43,6 +43,12 @@ def test_gallery_txt_names_the_gallery(tmp_path):
         (json.dumps({"reference": "a.png", "text": "\ud800"}), "not Unicode text"),
         (json.dumps({"reference": "a.png", "text": "x", "group": ["b.png"] * 2}), "stands twice"),
         (json.dumps({"reference": "c.png", "text": "x"}), "not in the gallery"),
+        (json.dumps({"reference": "a.png", "text": "x", "captions": ["y"]}), "say the same"),
+        (
+            json.dumps({"reference": "a.png", "text": "x", "target": "b.png", "targets": []}),
+            "say the same",
+        ),
+        ('{"reference": "a.png", "text": "x", "text": "y"}', "the key 'text' stands twice"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, message):

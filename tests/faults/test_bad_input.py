@@ -80,6 +80,13 @@ def scores(
     return ["tiles", "ingest", str(made), "--out", str(out or tmp_path / "store")]
 
 
+def ingested_twice(tmp_path: Path, edit: Callable[[Path], None]) -> Arguments:
+    arguments = scores(tmp_path)
+    assert main(arguments) == 0
+    edit(tmp_path / "scores")
+    return arguments
+
+
 def with_score(value: float) -> Callable[[Path], None]:
     def edit(made: Path) -> None:
         values = np.load(made / "a.npy")
@@ -236,6 +243,40 @@ CASES = [
         ("query id 'q0' stands twice",),
         lambda p: folder(p, query(), query()),
     ),
+    Case(
+        "a caption that is none",
+        3,
+        ("entry 0: 'caption' must be text",),
+        lambda p: cirr(p, entry(0, caption=None)),
+    ),
+    Case(
+        "no captions",
+        3,
+        ("entry 0: 'captions' is empty",),
+        lambda p: fashioniq(p, triplet("B000", "B001")),
+    ),
+    Case(
+        "the same scores under other ids",
+        3,
+        ("holds model 'a' with other weights",),
+        lambda p: ingested_twice(p, lambda made: change(made, "query_ids", lambda ids: ids[::-1])),
+    ),
+    Case(
+        "a store under another protocol",
+        3,
+        ("one store has one protocol",),
+        lambda p: ingested_twice(
+            p, lambda made: change(made, "scores", lambda s: {**s, "protocol": "folder"})
+        ),
+    ),
+    Case(
+        "a policy that is not the protocol's",
+        2,
+        ("protocol 'cirr' has the reference 'mask'",),
+        lambda p: scores(
+            p, lambda made: change(made, "scores", lambda s: {**s, "reference": "keep"})
+        ),
+    ),
     Case("duplicate pair ids", 3, ("'100' stands twice",), lambda p: cirr(p, entry(0), entry(0))),
     Case(
         "an empty caption",
@@ -252,7 +293,7 @@ CASES = [
     Case(
         "column ids that do not align",
         3,
-        ("names image", "and 18 more", "gallery_ids.json"),
+        ("gallery_ids.json does not hold", "and 18 more"),
         lambda p: scores(p, renamed_ids("gallery_ids")),
     ),
     Case("an infinite score", 3, ("is infinite", "NaN"), lambda p: scores(p, with_score(np.inf))),

@@ -81,3 +81,11 @@ def test_names_are_canonical_and_rules_on_ranks_take_no_normalisation():
 def test_unknown_names_get_the_nearest(name, near):
     with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
         static_fusion(name)
+
+
+@pytest.mark.parametrize("name", ["rrf", "borda"])
+def test_equal_sums_tie_whichever_model_gave_which_rank(name):
+    """Ranks (1, 4, 3, 2) and (3, 2, 1, 4) of four models have the same sum of reciprocals."""
+    ranks = np.array([[1, 3, 2, 4], [4, 2, 1, 3], [3, 1, 2, 4], [2, 4, 1, 3]], dtype=np.float32)
+    fused = static_fusion(name)(-ranks[:, None, :])
+    assert fused[0, 0] == fused[0, 1]

@@ -158,7 +158,7 @@ def test_queries_without_targets_are_not_counted(store, config, tmp_path):
 
 
 def test_two_systems_of_one_name_are_refused(config):
-    with pytest.raises(DataError, match="'mean@zscore' stands twice"):
+    with pytest.raises(ConfigError, match="two systems are called 'mean@zscore'"):
         evaluate(replace(config, fusions=("mean", "mean@zscore")))
 
 

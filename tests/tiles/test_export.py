@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -54,8 +55,11 @@ def test_any_parquet_reader_sees_the_scores(tmp_path, store):
 def test_rows_in_another_order_are_aligned_by_id(tmp_path, store):
     export(store, str(tmp_path / "x.parquet"))
     table = pq.read_table(tmp_path / "x.parquet")
-    order = np.random.default_rng(0).permutation(len(table))
-    pq.write_table(table.take(order), tmp_path / "y.parquet", row_group_size=4)
+    digests = pq.ParquetFile(tmp_path / "x.parquet").metadata.metadata[b"dafm_ray.scores"]
+    metadata = {**table.schema.metadata, b"dafm_ray.scores": digests}
+    shuffled = table.take(np.random.default_rng(0).permutation(len(table)))
+    written = shuffled.replace_schema_metadata(metadata)
+    pq.write_table(written, tmp_path / "y.parquet", row_group_size=4)
     back = ingest(str(tmp_path / "y.parquet"), str(tmp_path / "back")).store
     assert np.array_equal(whole(back, "a"), whole(store, "a"))
 
@@ -66,11 +70,76 @@ def test_files_that_are_not_exports_are_refused(tmp_path, store):
     for name in ("a", "b"):
         with pytest.raises(DataError, match="is not a file that `dafm tiles export` wrote"):
             ingest(str(tmp_path / f"{name}.parquet"), str(tmp_path / "back"))
+
+
+@pytest.fixture
+def exported(tmp_path, store):
     export(store, str(tmp_path / "x.parquet"))
     table = pq.read_table(tmp_path / "x.parquet")
-    pq.write_table(table.drop_columns(["scores.b"]), tmp_path / "c.parquet")
-    with pytest.raises(DataError, match=r"lacks the column 'scores\.b'"):
-        ingest(str(tmp_path / "c.parquet"), str(tmp_path / "back"))
+    digests = pq.ParquetFile(tmp_path / "x.parquet").metadata.metadata[b"dafm_ray.scores"]
+    return table.replace_schema_metadata({**table.schema.metadata, b"dafm_ray.scores": digests})
+
+
+def about(table, **changes):
+    values = json.loads(table.schema.metadata[b"dafm_ray"])
+    metadata = {**table.schema.metadata, b"dafm_ray": json.dumps({**values, **changes})}
+    return table.replace_schema_metadata(metadata)
+
+
+def column(table, name, values):
+    return table.set_column(table.schema.get_field_index(name), name, values)
+
+
+EDITS = {
+    "a model lost": (lambda t: t.drop_columns(["scores.b"]), r"lacks the column 'scores\.b'"),
+    "a label lost": (lambda t: t.drop_columns(["captions"]), "lacks the column 'captions'"),
+    "number ids": (lambda t: column(t, "id", pa.array(range(len(t)))), "'id' must hold string"),
+    "an empty reference": (
+        lambda t: column(t, "reference", pa.array([None] * len(t), pa.string())),
+        "'reference' has empty cells",
+    ),
+    "empty targets": (
+        lambda t: column(t, "targets", pa.array([[None]] * len(t), pa.list_(pa.string()))),
+        "'targets' has empty cells",
+    ),
+    "no scores": (
+        lambda t: column(t, "scores.a", pa.array([None] * len(t), pa.binary(23 * 4))),
+        "has empty cells",
+    ),
+    "another score": (
+        lambda t: column(t, "scores.a", t.column("scores.b")),
+        "the scores of a have changed since the export",
+    ),
+    "no models": (lambda t: about(t, models={}), "contradict themselves"),
+    "no protocol": (lambda t: about(t, protocol="bogus"), "contradict themselves"),
+    "another policy": (lambda t: about(t, policy="keep"), "contradict themselves"),
+    "a foreign policy": (
+        lambda t: about(t, protocol="folder", policy="keep"),
+        "does not treat its reference as 'keep' says",
+    ),
+    "number gallery ids": (lambda t: about(t, gallery_ids=list(range(23))), "contradict"),
+    "a listed data set": (lambda t: about(t, dataset=[]), "is not a file that"),
+    "another format": (lambda t: about(t, format=9), "has format 9"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edited_exports_are_refused_with_one_message(tmp_path, exported, name, capsys):
+    edit, message = EDITS[name]
+    pq.write_table(edit(exported), tmp_path / "y.parquet")
+    assert main(["tiles", "ingest", str(tmp_path / "y.parquet"), "--out", str(tmp_path / "n")]) == 3
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert "Traceback" not in error
+
+
+def test_an_export_says_itself_what_it_is_about(tmp_path, exported, capsys):
+    pq.write_table(exported, tmp_path / "y.parquet")
+    ingested = ["tiles", "ingest", str(tmp_path / "y.parquet"), "--out", str(tmp_path / "n")]
+    assert main([*ingested, "--dataset", "cirr", "--split", "val"]) == 2
+    assert main([*ingested, "--split", "val"]) == 2
+    assert "--split says nothing without --dataset" in capsys.readouterr().err
+    assert main(ingested) == 0
 
 
 def test_an_incomplete_store_and_a_folder_in_the_way(tmp_path, store):

@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dafm_ray.errors import DataError
-from dafm_ray.tiles.foreign import file_digest, read_systems
+from dafm_ray.tiles.foreign import read_systems
 
 SCORES = np.arange(6, dtype=np.float16).reshape(2, 3)
 
@@ -59,10 +59,21 @@ def test_other_files_are_left_alone_and_subset_lists_are_said(tmp_path):
     (tmp_path / "expected.json").write_text("{}")
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "s.json").write_text(server_file(metric="recall_subset"))
+    (tmp_path / "x.json").write_text("{")
     systems, notes = read_systems(tmp_path)
     assert systems == {}
-    assert len(notes) == 1
+    assert len(notes) == 2
     assert "s.json is left out: metric 'recall_subset'" in notes[0]
+    assert "x.json is left out: it is not JSON" in notes[1]
+
+
+def test_byte_order_and_byte_order_marks_do_not_matter(tmp_path):
+    np.save(tmp_path / "a.npy", SCORES.astype(">f4"))
+    (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf" + server_file().encode())
+    systems, _ = read_systems(tmp_path)
+    assert systems["a"][0].dtype == "float32"
+    assert np.array_equal(systems["a"][0].rows([1]), SCORES[1:])
+    assert "b" in systems
 
 
 @pytest.mark.parametrize(
@@ -80,7 +91,7 @@ def test_other_files_are_left_alone_and_subset_lists_are_said(tmp_path):
         ("a.run", lambda f: f.write_text("7 Q0 c"), "a.run:1 is not `query"),
         ("a.run", lambda f: f.write_text("7 Q0 c 1 high t"), "a.run:1 is not `query"),
         ("a.run", lambda f: f.write_text("7 Q0 c 1 2 t\n7 Q0 c 2 1 t"), "'c' stands twice"),
-        ("a.json", lambda f: f.write_text("{"), "is not JSON"),
+        ("a.run", lambda f: f.write_text("7 Q0 c 1 1e39 t"), "1e39 is not a float32"),
         ("a.json", lambda f: f.write_text(server_file(**{"7": "c"})), "'7' must have a list"),
         (
             "a.json",
@@ -102,10 +113,3 @@ def test_two_files_of_one_name_are_refused(tmp_path):
     save_file({"x": SCORES}, tmp_path / "a.safetensors")
     with pytest.raises(DataError, match="are both named 'a'"):
         read_systems(tmp_path)
-
-
-def test_digests_tell_files_apart(tmp_path):
-    for name, data in (("a", b"x" * 100), ("b", b"x" * 100), ("c", b"y" * 100)):
-        (tmp_path / name).write_bytes(data)
-    digests = [file_digest(tmp_path / name) for name in "abc"]
-    assert digests[0] == digests[1] != digests[2]

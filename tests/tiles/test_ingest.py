@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dafm_ray.config import DatasetConfig, EvaluateConfig
-from dafm_ray.datasets.base import Dataset, Gallery
+from dafm_ray.datasets.base import Dataset
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.report.evaluate import evaluate
 from dafm_ray.tiles.ingest import ingest
@@ -151,6 +151,45 @@ def test_a_second_run_computes_nothing_and_new_models_are_added(tmp_path):
         ingest(str(folder), out)
 
 
+@pytest.mark.parametrize("name", ["query_ids", "gallery_ids"])
+def test_the_same_file_under_other_ids_is_another_system(tmp_path, name):
+    """A first run with ids in the wrong order must not stay when they are corrected."""
+    folder = score_folder(tmp_path / "f", labelled_dataset(23, 11), models=("a",))
+    right = (folder / f"{name}.json").read_text()
+    change(folder, name, lambda ids: ids[::-1])
+    ingest(str(folder), str(tmp_path / "s"))
+    (folder / f"{name}.json").write_text(right)
+    with pytest.raises(DataError, match="holds model 'a' with other weights"):
+        ingest(str(folder), str(tmp_path / "s"))
+
+
+def test_a_damaged_tile_is_written_again(tmp_path):
+    dataset = labelled_dataset(23, 11)
+    folder = score_folder(tmp_path / "f", dataset, models=("a",))
+    ingest(str(folder), str(tmp_path / "s"))
+    tile = next((tmp_path / "s" / "scores").rglob("*.arrow"))
+    data = bytearray(tile.read_bytes())
+    data[len(data) // 2] ^= 1
+    tile.write_bytes(data)
+    store = ingest(str(folder), str(tmp_path / "s")).store
+    assert all(problem == "" for _, problem in store.verify())
+    assert np.array_equal(whole(store, "a"), score_matrix(dataset, 0))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"protocol": "folder"}, {"split": "test"}, {"name": "another"}],
+)
+def test_a_store_keeps_its_protocol_and_data_set(tmp_path, other):
+    dataset = labelled_dataset(23, 11)
+    ingest(str(score_folder(tmp_path / "f", dataset)), str(tmp_path / "s"))
+    dataset = replace(dataset, name=other.get("name", dataset.name))
+    spec = {key: value for key, value in other.items() if key != "name"}
+    folder = score_folder(tmp_path / "g", dataset, models=("c",), **spec)
+    with pytest.raises(DataError, match="one store has one protocol"):
+        ingest(str(folder), str(tmp_path / "s"))
+
+
 def test_missing_scores_stay_missing_and_are_counted(tmp_path):
     dataset = labelled_dataset(20, 10)
     folder = score_folder(tmp_path / "f", dataset, models=("a",))
@@ -184,21 +223,46 @@ def strangers(ids):
 @pytest.mark.parametrize(
     ("name", "edit", "message"),
     [
-        ("query_ids", strangers, r"query 'x0', 'x1', 'x2', 'x3', 'x4' and 2 more: not in the"),
-        ("gallery_ids", strangers, r"names image '.*', '.*' and 2 more: not in gallery_ids.json"),
+        (
+            "query_ids",
+            strangers,
+            r"do not hold 'x0', 'x1', 'x2', 'x3', 'x4' and 2 more",
+        ),
+        ("gallery_ids", strangers, r"gallery_ids.json does not hold '.*', '.*' and 2 more"),
         ("query_ids", lambda ids: ids[1:], "is 11 x 23, but query_ids.json names 10 queries"),
         ("query_ids", lambda ids: [*ids[1:], ids[1]], "stands twice"),
         ("query_ids", lambda ids: [[id] for id in ids], "must be a list of ids"),
-        ("queries", lambda qs: qs[1:], "a.npy: query 'val-q"),
-        ("queries", lambda qs: [*qs, {**qs[0], "id": "new"}], "a.npy lacks query 'new'"),
+        ("queries", lambda qs: qs[1:], "a.npy: the queries do not hold 'val-q"),
+        (
+            "queries",
+            lambda qs: [*qs, {**qs[0], "id": "new"}],
+            "no scores of the queries 'new'",
+        ),
         ("queries", lambda qs: [{"id": "val-q0"}], "entry 0: 'reference' is missing"),
         (
             "queries",
             lambda qs: [{**qs[0], "targets": ["elsewhere"]}],
-            "names image 'elsewhere': not in",
+            "does not hold 'elsewhere'",
         ),
         ("queries", lambda qs: [*qs, qs[0]], "stands twice"),
         ("queries", lambda qs: {}, "must hold a list"),
+        (
+            "queries",
+            lambda qs: [{**qs[0], "target": "x"}],
+            "no key 'target'; did you mean",
+        ),
+        (
+            "queries",
+            lambda qs: [{**qs[0], "targets": [qs[0]["reference"]]}],
+            "a target is the reference",
+        ),
+        (
+            "queries",
+            lambda qs: [{**qs[0], "group": qs[0]["targets"]}],
+            "does not hold the reference",
+        ),
+        ("gallery_ids", lambda ids: [*ids[1:], "\ud800"], "not Unicode text"),
+        ("gallery_ids", lambda ids: [*ids[1:], True], "must be a list of ids"),
     ],
 )
 def test_ids_that_do_not_align_are_named(tmp_path, name, edit, message):
@@ -232,7 +296,7 @@ def test_infinite_scores_are_named(tmp_path):
     scores = np.load(folder / "a.npy")
     scores[4, 3] = -np.inf
     np.save(folder / "a.npy", scores)
-    with pytest.raises(DataError, match=f"query '{dataset.queries[4].id}' is infinite"):
+    with pytest.raises(DataError, match=f"query '{dataset.queries[4].id}' and candidate '"):
         ingest(str(folder), str(tmp_path / "s"))
 
 
@@ -274,7 +338,7 @@ def test_scores_join_a_store_of_the_same_data_set(tmp_path):
 
 def test_fashioniq_policy_keeps_the_reference_and_averages_categories(tmp_path):
     """Ingested categories, evaluated together: recalls are means of the categories' recalls."""
-    uris = []
+    uris: list[str] = []
     for n, category in enumerate(("dress", "shirt")):
         dataset = labelled_dataset(60, 20 + 30 * n, split=category, policy="keep")
         queries = tuple(replace(query, group=()) for query in dataset.queries)
@@ -306,45 +370,67 @@ def test_fashioniq_policy_keeps_the_reference_and_averages_categories(tmp_path):
         assert row.metrics["Rmean"] == pytest.approx(mean, abs=1e-3)
     text = (out / "table.md").read_text()
     assert text.count("| fashioniq |") == 3
-    joined = evaluate(
-        EvaluateConfig(store=one_matrix(tmp_path, uris), out=str(tmp_path / "j"), fusions=("rrf",))
-    ).table
-    assert [row.hits for row in joined.rows] == [row.hits for row in table.rows]
-    assert [row.metrics for row in joined.rows] == [row.metrics for row in table.rows]
     alone = evaluate(EvaluateConfig(store=uris[0], out=str(tmp_path / "one"), fusions=())).table
     assert "One category alone (dress 20 queries), no mean" in alone.caption
     with pytest.raises(DataError, match="stands twice"):
         evaluate(EvaluateConfig(store=(uris[0], uris[0]), out=str(tmp_path / "x")))
 
 
-def one_matrix(tmp_path: Path, uris: list[str]) -> str:
-    """The same categories in one matrix: what is not of a query's category is not scored."""
-    stores = [TileStore(uri) for uri in uris]
-    queries = [query for store in stores for query in store.queries]
-    ids = [id for store in stores for id in store.gallery_ids]
-    joined = labelled_dataset(2, 1, policy="keep")
-    joined = replace(
-        joined,
-        name="fashioniq",
-        gallery=Gallery.from_source(dict.fromkeys(ids, "")),
-        queries=tuple(queries),
-    )
+def test_fashioniq_has_one_gallery_a_category(tmp_path):
+    dataset = labelled_dataset(20, 10, policy="keep")
     spec = {"protocol": "fashioniq", "reference": "keep"}
-    folder = score_folder(tmp_path / "joined", joined, models=(), **spec)
+    folder = score_folder(tmp_path / "f", dataset, **spec)
     change(
         folder,
         "queries",
         lambda rows: [
-            {**row, "category": query.category}
-            for row, query in zip(rows, joined.queries, strict=True)
+            {**row, "category": "dress" if n % 2 else "shirt"} for n, row in enumerate(rows)
         ],
     )
-    row_of = {query.id: n for n, query in enumerate(joined.queries)}
-    for model in "ab":
-        scores = np.full((len(queries), len(ids)), np.nan, dtype=np.float32)
-        for store in stores:
-            columns = [joined.gallery.position(id) for id in store.gallery_ids]
-            for query, row in zip(store.queries, whole(store, model), strict=True):
-                scores[row_of[query.id], columns] = row
-        np.save(folder / f"{model}.npy", scores)
-    return ingest(str(folder), str(tmp_path / "joined-store")).store.uri
+    with pytest.raises(DataError, match="one gallery a category"):
+        ingest(str(folder), str(tmp_path / "s"))
+
+
+def keep(dataset: Dataset, **changes: object) -> Dataset:
+    queries = tuple(replace(query, group=()) for query in dataset.queries)
+    return replace(dataset, queries=queries, **changes)
+
+
+def test_stores_that_do_not_belong_together_are_refused(tmp_path):
+    def store(name, dataset, **spec):
+        folder = score_folder(tmp_path / name, dataset, models=("a",), **spec)
+        return ingest(str(folder), str(tmp_path / f"store-{name}")).store.uri
+
+    def together(*uris):
+        evaluate(EvaluateConfig(store=uris, out=str(tmp_path / "r"), fusions=()))
+
+    fiq = {"protocol": "fashioniq", "reference": "keep"}
+    dress = keep(labelled_dataset(20, 10, split="a", policy="keep"))
+    shirt = keep(labelled_dataset(20, 10, split="b", policy="keep"))
+    named = store("dress", dress, **fiq, split="val", category="dress")
+    other_split = store("test", shirt, **fiq, split="test", category="shirt")
+    with pytest.raises(DataError, match="has split 'val'"):
+        together(named, other_split)
+    unnamed = store("unnamed", shirt, **fiq, split="val")
+    with pytest.raises(DataError, match="some queries have no category"):
+        together(named, unnamed)
+    one = store("one", labelled_dataset(20, 10, split="a"), split="val")
+    two = store("two", labelled_dataset(20, 10, split="b"), split="val")
+    with pytest.raises(DataError, match="search other galleries"):
+        together(one, two)
+    free = keep(labelled_dataset(20, 10, split="c", policy="keep"))
+    kept = store("kept", free, protocol="folder", reference="keep", split="val")
+    masked = store(
+        "masked", keep(labelled_dataset(20, 10, split="d")), protocol="folder", split="val"
+    )
+    with pytest.raises(DataError, match="reference policy"):
+        together(kept, masked)
+
+
+def test_a_missing_group_takes_the_subset_recall_away_and_says_so(tmp_path):
+    folder = score_folder(tmp_path / "f", labelled_dataset(20, 10), models=("a",))
+    change(folder, "queries", lambda rows: [{**rows[0], "group": None}, *rows[1:]])
+    uri = ingest(str(folder), str(tmp_path / "s")).store.uri
+    table = evaluate(EvaluateConfig(store=uri, out=str(tmp_path / "r"), fusions=())).table
+    assert "Rmean" not in table.metrics
+    assert "Rsubset and Rmean are left out: 1 queries have no group" in table.caption
