@@ -14,6 +14,9 @@ from dafm_ray.models.checkpoints import load_strictly
 from dafm_ray.models.renaming import VISION_TRANSFORMER, Rule, layers_below, rename
 from dafm_ray.models.torchvision_ops import make_torchvision_importable
 
+INITIAL = 0.02
+"""Standard deviation of new weights; transformers' own 1e-10 leaves a new tower constant."""
+
 HEAD_WIDTH = 64
 """Of published sizes; no state dict says how many heads there are."""
 
@@ -74,6 +77,7 @@ class BlipTowers(nn.Module):
             image_size=sizes.image_size,
             patch_size=sizes.patch_size,
             layer_norm_eps=1e-6,
+            initializer_range=INITIAL,
         )
         text = BlipTextConfig(
             vocab_size=sizes.vocab_size,

@@ -17,6 +17,9 @@ from dafm_ray.models.renaming import VISION_TRANSFORMER, Rule, layers_below, ren
 from dafm_ray.models.torchvision_ops import make_torchvision_importable
 
 LN_VISION_EPS = 1e-5
+INITIAL = 0.02
+"""Standard deviation of new weights; transformers' own 1e-10 leaves a new tower constant."""
+
 EVA_HEAD_WIDTH, QFORMER_HEAD_WIDTH = 88, 64
 """Of published sizes; no state dict says how many heads there are."""
 
@@ -185,6 +188,7 @@ class PromptedQFormer(nn.Module):
             patch_size=sizes.patch_size,
             layer_norm_eps=1e-6,
             qkv_bias=True,
+            initializer_range=INITIAL,
         )
         self.vision_model = Blip2VisionModel(vision)
         self.vision_model.post_layernorm.eps = LN_VISION_EPS
