@@ -12,6 +12,14 @@ from dafm_ray.errors import ConfigError, DataError
 
 Value = TypeVar("Value")
 
+MISSING = "missing annotations"
+"""Check of a split whose queries are not there."""
+
+
+class MissingAnnotationsError(DataError):
+    """A part of a data set that is not there at all."""
+
+
 _KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
 
 
@@ -28,7 +36,7 @@ def annotations_below(config: DatasetConfig, below: str, file: str) -> Path:
     for folder in (Path(named), Path(named) / below):
         if (folder / file).is_file():
             return folder
-    raise DataError(
+    raise MissingAnnotationsError(
         f"there is no {file} in {named}; set dataset.annotations to the folder that holds "
         "captions/ and image_splits/"
     )
@@ -50,14 +58,18 @@ def parse_json(text: str, where: str) -> Any:
     """A JSON value.
 
     Raises:
-        DataError: it is not JSON, or an object repeats a key.
+        DataError: it is not JSON, an object repeats a key, or a text is not Unicode.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unrepeated)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
+        value = json.loads(text, object_pairs_hook=_unrepeated)
+        spelled = json.dumps(value, ensure_ascii=False)
     except _RepeatedKeyError as error:
         raise DataError(f"{where}: the key {error.args[0]!r} stands twice") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}") from None
+    if not is_text(spelled):
+        raise DataError(f"{where} holds characters that are not Unicode text")
+    return value
 
 
 def read_text(file: Path) -> str:
@@ -131,7 +143,7 @@ def read_entries(
     """`read_queries` of a JSON list; a file that is not there is one problem."""
     if not file.exists():
         detail = f"there is no file {file}, so there are no queries"
-        return (), (Finding("missing annotations", file.name, detail, changes_metric=False),)
+        return (), (Finding(MISSING, file.name, detail, changes_metric=False),)
     entries = enumerate(read_json(file, list))
     return read_queries(((f"{file}, entry {n}", entry) for n, entry in entries), build)
 
@@ -146,8 +158,8 @@ def is_text(text: str) -> bool:
 
 
 def _all_text(query: Query) -> str:
-    lists = (query.captions, query.targets, query.group)
-    single = (query.id, query.reference, query.category)
+    lists = (query.captions, query.targets, query.group, query.excluded)
+    single = (query.id, query.reference, query.category, query.fold_group)
     return "\0".join((*single, *(text for row in lists for text in row)))
 
 

@@ -14,7 +14,8 @@ from itertools import combinations
 from pathlib import PurePosixPath
 
 from dafm_ray.config import DatasetConfig
-from dafm_ray.datasets.base import Draft, Finding, ImageSource, Query
+from dafm_ray.datasets.annotations import MissingAnnotationsError
+from dafm_ray.datasets.base import Draft, Finding, ImageSource, Query, title_of
 from dafm_ray.datasets.images import Files
 from dafm_ray.datasets.inspection import Inspection, inspect_images
 from dafm_ray.datasets.order import JUDGED, OrderLeak, order_leak
@@ -123,9 +124,13 @@ def _read(config: DatasetConfig) -> tuple[list[Draft], list[Finding]]:
                 part = replace(config, split=split, category=category)
                 drafts.append(read_dataset(part, shards))
             except DataError as error:
-                named = bool(config.split)
-                title = " ".join(part for part in (split, category) if part)
-                findings.append(Finding("missing part", title, str(error), changes_metric=named))
+                asked = bool(config.split) or not isinstance(error, MissingAnnotationsError)
+                title = title_of("", split, category)
+                findings.append(Finding("missing part", title, str(error), asked))
+                continue
+            if config.split:
+                problems = (replace(p, changes_metric=True) for p in drafts[-1].problems)
+                drafts[-1] = replace(drafts[-1], problems=tuple(problems))
     if not drafts:
         raise DataError(findings[0].detail)
     return drafts, findings
@@ -133,7 +138,7 @@ def _read(config: DatasetConfig) -> tuple[list[Draft], list[Finding]]:
 
 def _named(draft: Draft, findings: Sequence[Finding]) -> list[Finding]:
     """Findings with the part of the data set they are about."""
-    title = " ".join(part for part in (draft.split, draft.category) if part)
+    title = title_of("", draft.split, draft.category)
     if draft.name in ("folder", ""):
         return list(findings)
     return [replace(finding, detail=f"{title}: {finding.detail}") for finding in findings]
@@ -152,20 +157,21 @@ def _oddities(draft: Draft, entry: Entry) -> Iterator[Finding]:
             detail = f"the reference of query {query.id!r} is its own target"
             yield Finding("reference is target", query.id, detail, draft.policy == "mask")
         yield from _group_oddities(query, entry.group_size)
-    yield from _unlike(draft, bool(entry.published))
+    yield from _unlike(draft, entry)
     yield from _paths(draft)
 
 
-def _unlike(draft: Draft, published: bool) -> Iterator[Finding]:
+def _unlike(draft: Draft, entry: Entry) -> Iterator[Finding]:
     """Labels and groups that some queries have and others lack, and queries that stand twice."""
     total = len(draft.queries)
     for what, lacking in (
         ("target", [query.id for query in draft.queries if not query.targets]),
         ("group", [query.id for query in draft.queries if not query.group]),
     ):
-        if 0 < len(lacking) < total:
+        expected = entry.published and what == "target" and draft.split not in entry.unlabelled
+        if 0 < len(lacking) < total or (lacking and expected):
             detail = f"{len(lacking):,} of {total:,} queries have no {what} (first: {lacking[0]!r})"
-            yield Finding(f"no {what}", "", detail, published or what == "group")
+            yield Finding(f"no {what}", "", detail, bool(expected) or what == "group")
     seen: dict[tuple[str, ...], str] = {}
     for query in draft.queries:
         content = (query.reference, *query.captions, "", *query.targets)

@@ -48,7 +48,8 @@ def read_cirr(config: DatasetConfig) -> Draft:
     listed = f"image_splits/split.rc2.{config.split}.json"
     folder = annotations_below(config, "cirr", listed)
     places = read_json(folder / listed, dict)
-    texts(list(places.values()), "the path of an image", str(folder / listed))
+    if "" in texts(list(places.values()), "the path of an image", str(folder / listed)):
+        raise DataError(f"{folder / listed}: the path of an image is empty")
     queries, problems = read_entries(folder / f"captions/cap.rc2.{config.split}.json", _query)
     return Draft(
         name="cirr",

@@ -84,7 +84,11 @@ def _query(line: str, where: str) -> Query:
     targets = _texts(values, "targets", "target", where)
     if reference in targets or "" in targets:
         raise DataError(f"{where}: a target is empty or is the reference, which is never ranked")
-    given = values.get("id")
+    given, category = values.get("id"), values.get("category")
+    if not isinstance(given, str | int | None) or isinstance(given, bool):
+        raise DataError(f"{where}: 'id' must be text or a whole number, found {given!r}")
+    if not isinstance(category, str | None):
+        raise DataError(f"{where}: 'category' must be text, found {category!r}")
     return Query(
         id=where.rsplit(":", 1)[1] if given in (None, "") else str(given),
         reference=reference,
@@ -93,7 +97,7 @@ def _query(line: str, where: str) -> Query:
         excluded=exclude_reference(reference, "mask"),
         group=_texts(values, "group", "group", where),
         fold_group=reference,
-        category=str(values.get("category", "")),
+        category=category or "",
     )
 
 

@@ -25,6 +25,7 @@ class Entry:
         published: (split, category) -> images and queries as its authors count them.
         empty_captions: (split, category) -> captions that are published empty.
         group_size: members of every query's group, if the protocol says so.
+        unlabelled: splits whose targets are not published.
     """
 
     read: Callable[[DatasetConfig], Draft]
@@ -34,6 +35,7 @@ class Entry:
     published: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     empty_captions: dict[tuple[str, str], int] = field(default_factory=dict)
     group_size: int = 0
+    unlabelled: tuple[str, ...] = ()
 
 
 _PLACES = frozenset({"root", "images"})
@@ -47,6 +49,7 @@ DATASETS = {
         published=cirr.PUBLISHED,
         empty_captions=cirr.EMPTY_CAPTIONS,
         group_size=cirr.GROUP_SIZE,
+        unlabelled=("test1",),
     ),
     "fashioniq": Entry(
         fashioniq.read_fashioniq,
@@ -55,6 +58,7 @@ DATASETS = {
         fashioniq.CATEGORIES,
         fashioniq.PUBLISHED,
         fashioniq.EMPTY_CAPTIONS,
+        unlabelled=("test",),
     ),
     "folder": Entry(read_folder, _PLACES),
 }

@@ -108,8 +108,8 @@ class ParquetImages(ShardedImages):
     def stream(self, part: RowGroup) -> Iterator[tuple[str, bytes]]:
         """(id, bytes) of the images of a row group; empty bytes where there are none."""
         file = _parquet(self.filesystem, self.shards[part.shard])
-        batches = file.iter_batches(_ROWS, row_groups=[part.number], columns=[ID, IMAGE])
-        for batch in batches:
+        path = self.shards[part.shard]
+        for batch in _batches(file, path, part.number):
             images = batch.column(IMAGE)
             if pa.types.is_struct(images.type):
                 images = images.field("bytes")
@@ -223,12 +223,22 @@ def _scan_parquet(filesystem: fs.FileSystem, path: str) -> list[tuple[str, str]]
     file = _parquet(filesystem, path)
     found: list[tuple[str, str]] = []
     for number in range(file.num_row_groups):
-        column = file.read_row_group(number, columns=[ID]).column(ID)
+        try:
+            column = file.read_row_group(number, columns=[ID]).column(ID)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path} is damaged: {error}") from None
         if column.null_count:
             raise DataError(f"{path} has rows without {ID!r}")
         ids = column.to_pylist()
         found.extend((str(id), f"{number}:{row}") for row, id in enumerate(ids))
     return found
+
+
+def _batches(file: pq.ParquetFile, path: str, row_group: int) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(_ROWS, row_groups=[row_group], columns=[ID, IMAGE])
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is damaged: {error}") from None
 
 
 def _parquet(filesystem: fs.FileSystem, path: str) -> pq.ParquetFile:

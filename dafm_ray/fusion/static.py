@@ -93,7 +93,7 @@ def combmnz(scores_MBN: Scores) -> Scores:
 
 def rrf(scores_MBN: Scores) -> Scores:
     """Reciprocal rank fusion: sum of 1 / (60 + rank)."""
-    return _sum_in_any_order(1 / (RRF_K + ranks_of(scores_MBN).astype(np.float64)))
+    return _exact_sum(1 / (RRF_K + ranks_of(scores_MBN).astype(np.float64)), decimals=16)
 
 
 def borda(scores_MBN: Scores) -> Scores:
@@ -101,14 +101,15 @@ def borda(scores_MBN: Scores) -> Scores:
 
     N is the number of candidates the model scored, so models that scored fewer count alike.
     """
-    return _sum_in_any_order(rank(scores_MBN).astype(np.float64))
+    return _exact_sum(rank(scores_MBN.astype(np.float64)), decimals=13)
 
 
-def _sum_in_any_order(terms_MBN: Scores) -> Scores:
-    """Sum over models that is the same for the same terms, whichever model gave which: rounding
-    would otherwise break ties between candidates that several models rank the other way round.
+def _exact_sum(terms_MBN: Scores, decimals: int) -> Scores:
+    """Sum over models without the last digits, where rounding would break ties between candidates
+    whose terms have the same sum.
     """
-    return combsum(np.sort(terms_MBN, axis=0))
+    total: Scores = np.round(combsum(np.sort(terms_MBN, axis=0)), decimals)
+    return total
 
 
 _RULES: dict[str, tuple[Callable[[Scores], Scores], str]] = {

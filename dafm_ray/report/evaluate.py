@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dafm_ray.config import DatasetConfig, EvaluateConfig, to_yaml
-from dafm_ray.datasets.base import Query, digest, refuse_duplicates
+from dafm_ray.datasets.base import Query, digest
 from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import ConfigError, DafmError, DataError, refusals
 from dafm_ray.evaluation.metrics import UNRANKED
@@ -138,13 +138,29 @@ def _refuse_unlike(stores: Sequence[TileStore]) -> None:
                 f"{first.uri} and {store.uri} search other galleries; protocol {mine.protocol} "
                 "has one"
             )
-    refuse_duplicates([query.id for store in stores for query in store.queries], "query")
-    categories = {query.category for store in stores for query in store.queries}
-    if protocol(first.manifest.protocol).macro and "" in categories and len(categories) > 1:
-        raise DataError(
-            f"some queries have no category, others have; protocol {first.manifest.protocol} "
-            "averages over categories, so name them all"
-        )
+    owner: dict[str, str] = {}
+    gallery: dict[str, str] = {}
+    for store in stores:
+        for query in store.queries:
+            if query.id in owner:
+                raise DataError(
+                    f"query {query.id!r} is in {owner[query.id]} and in {store.uri}; name a store "
+                    "once, and give the queries of each category ids of their own"
+                )
+            owner[query.id] = store.uri
+        if protocol(first.manifest.protocol).macro:
+            for category in sorted({query.category for query in store.queries}):
+                digest_of = store.manifest.gallery_digest
+                if not category and len(stores) > 1:
+                    raise DataError(
+                        f"{store.uri}: some queries have no category, and protocol "
+                        f"{first.manifest.protocol} averages over categories; name them all"
+                    )
+                if gallery.setdefault(category, digest_of) != digest_of:
+                    raise DataError(
+                        f"category {category!r} has several galleries; protocol "
+                        f"{first.manifest.protocol} has one a category"
+                    )
 
 
 def _refuse_other_models(store: TileStore, other: TileStore, what: str) -> None:
@@ -165,7 +181,9 @@ def _convex(stores: Sequence[TileStore], others: Sequence[TileStore]) -> Convex:
         theirs = {query.id for query in other.queries}
         for store in stores:
             shared = theirs & {query.id for query in store.queries}
-            if shared and store.manifest.gallery_digest == other.manifest.gallery_digest:
+            mine, tuned = store.manifest, other.manifest
+            alike = mine.gallery_digest == tuned.gallery_digest or mine.title == tuned.title
+            if shared and alike:
                 raise DataError(
                     f"{other.uri} holds queries of {store.uri} ({len(shared)} of them); weights "
                     "searched on the queries they are reported on would be a leak"
@@ -259,14 +277,16 @@ def _caption(manifests: Sequence[Manifest], queries: Sequence[Query]) -> str:
 
 def _without_groups(manifest: Manifest, queries: Sequence[Query]) -> str:
     """Why a protocol's subset recall is not shown."""
-    if manifest.protocol != "cirr":
+    grouped = any(query.group for query in queries)
+    if not protocol(manifest.protocol).subset_recalls or not (
+        grouped or manifest.protocol == "cirr"
+    ):
         return ""
     lacking = sum(not set(query.group) & set(query.targets) for query in queries)
     if not lacking:
         return ""
     return (
-        f" Rsubset and Rmean are left out: {lacking:,} queries have no group that holds their "
-        "target."
+        f" Subset recalls are left out: {lacking:,} queries have no group that holds their target."
     )
 
 

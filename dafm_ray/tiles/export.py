@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dafm_ray.datasets.base import PROTOCOLS, Draft
+from dafm_ray.datasets.base import Draft, Query, digest
 from dafm_ray.datasets.images import NoImages
 from dafm_ray.errors import DataError, refusals
 from dafm_ray.progress import progress
@@ -30,8 +30,9 @@ from dafm_ray.tiles.manifest import ModelEntry
 from dafm_ray.tiles.store import TileStore
 
 METADATA = b"dafm_ray"
-DIGESTS = "dafm_ray.scores"
-FORMAT = 1
+DIGESTS = "dafm_ray.digests"
+"""Of the scores of each model, and of everything else."""
+FORMAT = 2
 _PREFIX = "scores."
 _GROUP_BYTES = 64_000_000
 
@@ -73,8 +74,16 @@ def export(store: TileStore, to: str) -> None:
                 columns = [*labels.columns, *scores]
                 writer.write_batch(pa.record_batch(columns, schema=schema))
                 shown.advance(len(part))
-        found_digests = {model: digest.hex() for model, digest in digests.items()}
-        writer.add_key_value_metadata({DIGESTS: json.dumps(found_digests)})
+        written = {
+            "scores": {model: found.hex() for model, found in digests.items()},
+            "labels": _labels_digest(schema.metadata[METADATA], store.queries),
+        }
+        writer.add_key_value_metadata({DIGESTS: json.dumps(written)})
+
+
+def _labels_digest(about: bytes, queries: Sequence[Query]) -> str:
+    """Digest of the metadata and of the queries, in whatever order they stand."""
+    return digest([about.decode(), *sorted(repr(query) for query in queries)])
 
 
 def _type(store: TileStore) -> str:
@@ -158,7 +167,10 @@ class ExportedScores:
         group_of = np.searchsorted(ends, rows, side="right")
         found = np.empty((len(rows), len(self.gallery_ids)), dtype=self.dtype)
         for group in np.unique(group_of).tolist():
-            column = self.file.read_row_group(group, columns=[self.column]).column(0)
+            try:
+                column = self.file.read_row_group(group, columns=[self.column]).column(0)
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{self.column} is damaged: {error}") from None
             values = b"".join(column.to_pylist())
             scores = np.frombuffer(values, dtype=self.dtype).reshape(counts[group], -1)
             wanted = np.flatnonzero(group_of == group)
@@ -171,53 +183,56 @@ def read_export(file: Path) -> Export:
     """Open a file that `export` wrote.
 
     Raises:
-        DataError: it is not such a file, or it contradicts itself.
+        DataError: it is not such a file, it was changed, or it is damaged.
     """
     try:
+        return _read_export(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} is damaged: {error}") from None
+
+
+def _read_export(file: Path) -> Export:
+    try:
         parquet = pq.ParquetFile(file)
-        about = json.loads((parquet.schema_arrow.metadata or {})[METADATA])
-        digests = json.loads((parquet.metadata.metadata or {})[DIGESTS.encode()])
-        known = about["format"] == FORMAT
-        entries = {name: ModelEntry(**entry) for name, entry in about["models"].items()}
-        dtype = {"<f4": "float32", "<f2": "float16"}[about["dtype"]]
-        ids, order = about["gallery_ids"], about["source_order"]
-        images = [id for _, id in sorted(zip(order, ids, strict=True))]
-        spec, protocol, policy = about["dataset"], about["protocol"], about["policy"]
-        title = (str(spec["name"]), str(spec.get("split", "")), str(spec.get("category", "")))
-        sound = (
-            all(isinstance(id, str) for id in ids)
-            and digests.keys() == entries.keys() != set()
-            and policy in ("mask", "keep")
-            and PROTOCOLS.get(protocol, "") in (None, policy)
-        )
-    except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError, AttributeError):
+        metadata = (parquet.schema_arrow.metadata or {})[METADATA]
+        about = json.loads(metadata)
+        found = about["format"]
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{file} is not a file that `dafm tiles export` wrote") from None
-    if not known:
-        raise DataError(f"{file} has format {about['format']}; this version reads format {FORMAT}")
+    if found != FORMAT:
+        raise DataError(f"{file} has format {found!r}; this version reads format {FORMAT!r}")
+    footer = (parquet.metadata.metadata or {}).get(DIGESTS.encode())
+    if footer is None:
+        raise DataError(f"{file} was rewritten since the export: its digests are lost")
+    try:
+        digests = json.loads(footer)
+        ids, models = about["gallery_ids"], list(about["models"])
+        dtype = {"<f4": "float32", "<f2": "float16"}[about["dtype"]]
+        _check_columns(file, parquet, models, len(ids) * np.dtype(dtype).itemsize)
+        queries = blocks.queries_of(parquet.read(columns=blocks.QUERY_COLUMNS))
+        sound = digests["labels"] == _labels_digest(metadata, queries)
+        scores = dict(digests["scores"])
+    except (ValueError, KeyError, TypeError):
+        sound = False
     if not sound:
-        raise DataError(f"{file}: its metadata contradict themselves; export the store again")
-    _check_columns(file, parquet, list(entries), len(ids) * np.dtype(dtype).itemsize)
-    queries = blocks.queries_of(parquet.read(columns=blocks.QUERY_COLUMNS))
-    for query in queries:
-        if (query.reference in query.excluded) != (policy == "mask"):
-            raise DataError(
-                f"{file}: query {query.id!r} does not treat its reference as {policy!r} says"
-            )
+        raise DataError(f"{file}: labels or metadata have changed since the export")
     query_ids = [query.id for query in queries]
+    spec = about["dataset"]
     draft = Draft(
-        name=title[0],
-        split=title[1],
-        protocol=protocol,
-        policy=policy,
-        images=tuple((id, "") for id in images),
+        name=spec["name"],
+        split=spec["split"],
+        protocol=about["protocol"],
+        policy=about["policy"],
+        images=tuple((id, "") for _, id in sorted(zip(about["source_order"], ids, strict=True))),
         queries=queries,
         source=NoImages(),
-        category=title[2],
+        category=spec.get("category", ""),
     )
     systems = {
-        name: ExportedScores(parquet, _PREFIX + name, dtype, query_ids, ids) for name in entries
+        name: ExportedScores(parquet, _PREFIX + name, dtype, query_ids, ids) for name in models
     }
-    return Export(draft, spec, systems, entries, digests)
+    entries = {name: ModelEntry(**entry) for name, entry in about["models"].items()}
+    return Export(draft, spec, systems, entries, scores)
 
 
 def _check_columns(file: Path, parquet: pq.ParquetFile, models: Sequence[str], width: int) -> None:

@@ -6,17 +6,21 @@ candidate that was not scored is missing (NaN), never zero.
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 
+from dafm_ray.datasets.annotations import parse_json
 from dafm_ray.errors import DataError
 from dafm_ray.tiles.blocks import Array
 
 FLOATS = ("float32", "float16")
+_LARGEST = float(np.finfo(np.float32).max)
 ABOUT = frozenset({"scores.json", "queries.json", "query_ids.json", "gallery_ids.json"})
 """Files of a score folder that say what the scores are about."""
 
@@ -114,7 +118,8 @@ def read_systems(folder: Path) -> tuple[dict[str, tuple[ForeignScores, Path]], l
     for file in sorted(folder.iterdir()):
         name = file.name.removesuffix(".gz")
         stem, suffix = Path(name).stem, Path(name).suffix
-        if suffix not in _READERS or not file.is_file() or file.name in ABOUT:
+        hidden = file.name.startswith(".")
+        if suffix not in _READERS or not file.is_file() or file.name in ABOUT or hidden:
             continue
         scores = _READERS[suffix](file)
         if isinstance(scores, str):
@@ -140,7 +145,7 @@ def _read_npz(file: Path) -> Matrix:
     try:
         with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, KeyError) as error:
+    except (ValueError, OSError, EOFError, KeyError, BadZipFile, zlib.error) as error:
         raise DataError(f"{file} is not an archive of arrays: {error}") from None
     return _matrix(_only(arrays, file), file)
 
@@ -187,7 +192,7 @@ def _read_trec(file: Path) -> RankLists:
         scores = lists.setdefault(query, {})
         if candidate in scores:
             raise DataError(f"{file}:{n}: candidate {candidate!r} stands twice for {query!r}")
-        if abs(value) > np.finfo(np.float32).max:
+        if abs(value) > _LARGEST:
             raise DataError(f"{file}:{n}: the score {score} is not a float32 number")
         scores[candidate] = value
     tied = sum(
@@ -200,14 +205,16 @@ def _read_trec(file: Path) -> RankLists:
 
 def _read_server_file(file: Path) -> RankLists | str | None:
     """CIRR test-server file: reciprocal ranks; None for JSON that is something else."""
+    text = _text(file)
     try:
-        values = json.loads(_text(file))
-    except json.JSONDecodeError:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
         return "it is not JSON"
     if not isinstance(values, dict) or not {"version", "metric"} <= values.keys():
         return None
     if values["metric"] != "recall":
         return f"metric {values['metric']!r} ranks a subset, not the gallery"
+    values = parse_json(text, str(file))
     lists: dict[str, dict[str, float]] = {}
     for query, names in values.items():
         if query in ("version", "metric"):
@@ -229,7 +236,7 @@ def _text(file: Path) -> str:
     try:
         data = file.read_bytes()
         return (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
 
 

@@ -131,10 +131,10 @@ def ingest(source: str, out: str, dataset: DatasetConfig | None = None) -> Inges
             name: _aligned(scores, opened, None, None, path)
             for name, scores in exported.systems.items()
         }
-        entries = exported.entries
+        entries, written = exported.entries, exported.digests
     elif path.is_dir():
         draft, spec = _searched(path, dataset)
-        opened = draft.dataset()
+        opened, written = draft.dataset(), {}
         systems, files, notes = _systems(path, opened)
         entries = {
             name: ModelEntry(f"{MADE_ELSEWHERE}:{name}@{files[name].name}", "") for name in systems
@@ -148,11 +148,12 @@ def ingest(source: str, out: str, dataset: DatasetConfig | None = None) -> Inges
     with writing(storage):
         _refuse_narrower(storage, score_type)
         digests = _digests(opened, systems, spans(len(opened.queries), Q_ROWS))
+        for name in written:
+            if written[name] != digests[name]:
+                raise DataError(f"{source}: the scores of {name} have changed since the export")
         for name, entry in entries.items():
             if not entry.weights_digest:
                 entries[name] = replace(entry, weights_digest=digests[name])
-            elif exported.digests[name] != digests[name]:
-                raise DataError(f"{source}: the scores of {name} have changed since the export")
         store = TileStore.create(
             out,
             opened,
@@ -161,7 +162,7 @@ def ingest(source: str, out: str, dataset: DatasetConfig | None = None) -> Inges
             Grid(PrecomputeConfig.encode_block, Q_ROWS, PrecomputeConfig.tile_candidates),
             score_type,
         )
-        store.repair()
+        store.repair(systems)
         coverage = _write(store, opened, systems)
     return Ingested(store, coverage, notes)
 
@@ -249,23 +250,34 @@ def _query(entry: Any, where: str, config: ScoresConfig) -> Query:
             raise DataError(f"{where}: {unknown('key', key, _KEYS)}")
     reference = take(entry, "reference", str, where)
     policy: ReferencePolicy = config.reference
-    also = texts(entry.get("excluded") or [], "excluded", where)
-    targets = texts(entry.get("targets") or [], "targets", where)
-    group = texts(entry.get("group") or [], "group", where)
+    captions, targets, group, also = (
+        texts([] if entry.get(key) is None else entry[key], key, where)
+        for key in ("captions", "targets", "group", "excluded")
+    )
+    for key in ("fold_group", "category"):
+        if not isinstance(entry.get(key), str | None):
+            raise DataError(f"{where}: {key!r} must be text, found {entry[key]!r}")
+    category = entry.get("category") or config.category
+    if config.category not in ("", category):
+        raise DataError(f"{where}: category {category!r}, but scores.json says {config.category!r}")
     if policy == "mask" and reference in targets:
         raise DataError(f"{where}: a target is the reference, which is never ranked")
+    if policy == "keep" and reference in also:
+        raise DataError(f"{where}: the reference is excluded, but scores.json says it is kept")
+    if set(also) & set(targets):
+        raise DataError(f"{where}: a target is excluded, so that it is never ranked")
     if group and reference not in group:
         raise DataError(f"{where}: the group does not hold the reference")
     id = entry.get("id")
     return Query(
         id=str(id) if type(id) is int else take(entry, "id", str, where),
         reference=reference,
-        captions=texts(entry.get("captions") or [], "captions", where),
+        captions=captions,
         targets=targets,
         excluded=tuple(dict.fromkeys((*exclude_reference(reference, policy), *also))),
         group=group,
-        fold_group=str(entry.get("fold_group") or ""),
-        category=str(entry.get("category") or config.category),
+        fold_group=entry.get("fold_group") or "",
+        category=category,
     )
 
 

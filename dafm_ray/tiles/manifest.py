@@ -32,12 +32,16 @@ class ModelEntry:
         """`family:variant` and weights: what a store's scores come from, wherever the file lies."""
         return self.id.partition("@")[0], self.weights_digest
 
+    @property
+    def is_made_elsewhere(self) -> bool:
+        """Whether the scores were ingested."""
+        return self.id.startswith(MADE_ELSEWHERE + ":")
+
     def may_equal(self, other: "ModelEntry") -> bool:
         """Whether both can be one model under different data; of scores made elsewhere nobody
         knows.
         """
-        family = MADE_ELSEWHERE + ":"
-        elsewhere = self.id.startswith(family) or other.id.startswith(family)
+        elsewhere = self.is_made_elsewhere or other.is_made_elsewhere
         return elsewhere or self.weights_digest == other.weights_digest
 
 

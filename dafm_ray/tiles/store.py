@@ -133,7 +133,9 @@ class TileStore:
         # A folder is called by its path, which may change.
         split = "" if dataset.name == "folder" else dataset.split
         label = (dataset.protocol, dataset.policy, dataset.name, split)
-        kept = (mine.protocol, mine.policy, *(mine.dataset.get(k) for k in ("name", "split")))
+        called = mine.dataset.get("name")
+        stored_split = "" if called == "folder" else mine.dataset.get("split")
+        kept = (mine.protocol, mine.policy, called, stored_split)
         if mine.dataset and kept != label:
             raise DataError(
                 f"{self.uri} was made for {mine.title} under protocol {mine.protocol}, not for "
@@ -165,9 +167,10 @@ class TileStore:
         stored = {n: e for n, e in self.manifest.models.items() if n in started}
         for name in models.keys() & stored.keys():
             if stored[name].identity != models[name].identity:
+                what = "scores or ids" if models[name].is_made_elsewhere else "weights"
                 raise DataError(
-                    f"{self.uri} holds model {name!r} with other weights ({stored[name].id}); "
-                    "give the new one another name"
+                    f"{self.uri} holds model {name!r} with other {what} ({stored[name].id}); "
+                    "give the new one another name, or choose another folder"
                 )
         if self.manifest.models != {**models, **stored}:
             self.manifest = replace(self.manifest, models={**models, **stored})
@@ -339,8 +342,11 @@ class TileStore:
         self.storage.delete(_quarantine_path(role, block))
         self.finished()
 
-    def repair(self) -> list[str]:
+    def repair(self, models: Iterable[str] | None = None) -> list[str]:
         """Drop every block that is damaged or missing, so that `precompute` makes it again.
+
+        Args:
+            models: whose blocks; all by default.
 
         Returns:
             Paths of what was dropped.
@@ -350,7 +356,8 @@ class TileStore:
         for path in self._record_paths():
             key, digest = _parse_record(path)
             data = f"{key}.{digest}.arrow"
-            if path in unsound or data in unsound:
+            mine = models is None or key.split("/")[1] in models
+            if mine and (path in unsound or data in unsound):
                 self.storage.delete(path)
                 self.storage.delete(data)
                 dropped.append(data)

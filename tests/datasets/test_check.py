@@ -165,7 +165,9 @@ def damaged(tmp_path, reference_material, edit):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         file = f"{folder}/{name}.rc2.val.json"
         values = json.loads((source / file).read_text())
-        (tmp_path / file).write_text(json.dumps(edit(name, values)))
+        changed = edit(name, values)
+        if changed is not None:
+            (tmp_path / file).write_text(json.dumps(changed))
     return check(DatasetConfig("cirr", "val", annotations=str(tmp_path)))
 
 
@@ -179,6 +181,12 @@ DAMAGES = {
         values
         if name == "split"
         else [{k: v for k, v in values[0].items() if k != "target_hard"}, *values[1:]]
+    ),
+    "missing annotations": lambda name, values: values if name == "split" else None,
+    "no target ": lambda name, values: (
+        values
+        if name == "split"
+        else [{k: v for k, v in entry.items() if k != "target_hard"} for entry in values]
     ),
     "group of another size": lambda name, values: (
         values
@@ -202,7 +210,16 @@ def test_every_damage_to_published_annotations_changes_the_metric(
     if damage == "none":
         assert found.changes_metric == 0
     else:
-        assert damage in {f.check for f in found.findings if f.changes_metric}
+        assert damage.strip() in {f.check for f in found.findings if f.changes_metric}
+
+
+def test_a_split_that_is_there_and_cannot_be_read_changes_the_metric(tmp_path):
+    config = cirr_layout(tmp_path)
+    for split in ("train", "test1"):
+        (tmp_path / "image_splits" / f"split.rc2.{split}.json").write_text("<html>")
+    found = check(DatasetConfig("cirr", annotations=config.root))
+    parts = [f.item for f in found.findings if f.check == "missing part" and f.changes_metric]
+    assert parts == ["train", "test1"]
 
 
 def test_a_missing_image_folder_is_one_finding(tmp_path):

@@ -49,6 +49,9 @@ def test_gallery_txt_names_the_gallery(tmp_path):
             "say the same",
         ),
         ('{"reference": "a.png", "text": "x", "text": "y"}', "the key 'text' stands twice"),
+        (json.dumps({"id": True, "reference": "a.png", "text": "x"}), "'id' must be text"),
+        (json.dumps({"category": ["a"], "reference": "a.png", "text": "x"}), "'category' must"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, message):

@@ -258,7 +258,7 @@ CASES = [
     Case(
         "the same scores under other ids",
         3,
-        ("holds model 'a' with other weights",),
+        ("holds model 'a' with other scores or ids",),
         lambda p: ingested_twice(p, lambda made: change(made, "query_ids", lambda ids: ids[::-1])),
     ),
     Case(

@@ -89,3 +89,13 @@ def test_equal_sums_tie_whichever_model_gave_which_rank(name):
     ranks = np.array([[1, 3, 2, 4], [4, 2, 1, 3], [3, 1, 2, 4], [2, 4, 1, 3]], dtype=np.float32)
     fused = static_fusion(name)(-ranks[:, None, :])
     assert fused[0, 0] == fused[0, 1]
+
+
+@given(st.integers(0, 1000), st.integers(3, 60), st.integers(2, 5))
+def test_borda_ties_wherever_the_ranks_have_the_same_sum(seed, candidates, models):
+    rng = np.random.default_rng(seed)
+    ranks = np.stack([rng.permutation(candidates) + 1 for _ in range(models)])
+    fused = static_fusion("borda")(-ranks[:, None, :].astype(np.float32))[0]
+    sums = ranks.sum(axis=0)
+    assert np.array_equal(fused[:, None] == fused[None], sums[:, None] == sums[None])
+    assert np.array_equal(fused[:, None] > fused[None], sums[:, None] < sums[None])

@@ -16,6 +16,12 @@ def server_file(**changes):
     return json.dumps({"version": "rc2", "metric": "recall", **lists, **changes})
 
 
+def damaged_gzip() -> bytes:
+    data = bytearray(gzip.compress(server_file().encode() * 50))
+    data[len(data) // 2] ^= 255
+    return bytes(data)
+
+
 def test_matrices_of_every_kind_are_the_same(tmp_path):
     np.save(tmp_path / "a.npy", SCORES)
     np.savez(tmp_path / "b.npz", scores=SCORES)
@@ -60,9 +66,11 @@ def test_other_files_are_left_alone_and_subset_lists_are_said(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "s.json").write_text(server_file(metric="recall_subset"))
     (tmp_path / "x.json").write_text("{")
+    (tmp_path / "y.json").write_text("[" * 100_000)
+    (tmp_path / "._a.npy").write_bytes(b"of another system")
     systems, notes = read_systems(tmp_path)
     assert systems == {}
-    assert len(notes) == 2
+    assert len(notes) == 3
     assert "s.json is left out: metric 'recall_subset'" in notes[0]
     assert "x.json is left out: it is not JSON" in notes[1]
 
@@ -98,7 +106,14 @@ def test_byte_order_and_byte_order_marks_do_not_matter(tmp_path):
             lambda f: f.write_text(server_file(**{"7": ["c", "c"]})),
             "names an image twice",
         ),
+        (
+            "a.json",
+            lambda f: f.write_text(server_file()[:-1] + ', "7": ["a"]}'),
+            "the key '7' stands twice",
+        ),
         ("a.json.gz", lambda f: f.write_bytes(b"no gzip"), "cannot be read"),
+        ("a.json.gz", lambda f: f.write_bytes(damaged_gzip()), "cannot be read"),
+        ("a.npz", lambda f: f.write_bytes(b"PK\x03\x04" + b"x" * 90), "is not an archive"),
     ],
 )
 def test_files_that_are_not_scores_are_named(tmp_path, name, write, message):

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dafm_ray.config import DatasetConfig, EvaluateConfig
-from dafm_ray.datasets.base import Dataset
+from dafm_ray.datasets.base import Dataset, Gallery
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.report.evaluate import evaluate
 from dafm_ray.tiles.ingest import ingest
@@ -147,7 +147,7 @@ def test_a_second_run_computes_nothing_and_new_models_are_added(tmp_path):
     assert store.models == ("a", "b", "c")
     assert np.array_equal(whole(store, "a"), whole(store, "c"))
     np.save(folder / "c.npy", np.load(folder / "b.npy"))
-    with pytest.raises(DataError, match="holds model 'c' with other weights"):
+    with pytest.raises(DataError, match="holds model 'c' with other scores"):
         ingest(str(folder), out)
 
 
@@ -159,7 +159,7 @@ def test_the_same_file_under_other_ids_is_another_system(tmp_path, name):
     change(folder, name, lambda ids: ids[::-1])
     ingest(str(folder), str(tmp_path / "s"))
     (folder / f"{name}.json").write_text(right)
-    with pytest.raises(DataError, match="holds model 'a' with other weights"):
+    with pytest.raises(DataError, match="holds model 'a' with other scores"):
         ingest(str(folder), str(tmp_path / "s"))
 
 
@@ -188,6 +188,30 @@ def test_a_store_keeps_its_protocol_and_data_set(tmp_path, other):
     folder = score_folder(tmp_path / "g", dataset, models=("c",), **spec)
     with pytest.raises(DataError, match="one store has one protocol"):
         ingest(str(folder), str(tmp_path / "s"))
+
+
+def test_a_folder_of_scores_may_call_its_data_set_folder(tmp_path):
+    """The split of an own folder is its path, that of a score folder is said; both may repeat."""
+    dataset = replace(labelled_dataset(23, 11), name="folder")
+    folder = score_folder(tmp_path / "f", dataset, protocol="folder")
+    first = ingest(str(folder), str(tmp_path / "s")).store.finished()
+    assert ingest(str(folder), str(tmp_path / "s")).store.finished() == first
+
+
+def test_weights_are_not_tuned_on_the_same_queries_over_another_gallery(tmp_path):
+    whole_split = keep(labelled_dataset(40, 10, policy="keep"))
+    named = {id for q in whole_split.queries for id in (q.reference, *q.targets)}
+    fewer = Gallery.from_source({id: "" for id in whole_split.gallery.ids if id in named})
+    uris = []
+    for name, dataset in (
+        ("fashioniq", whole_split),
+        ("val-split", replace(whole_split, gallery=fewer)),
+    ):
+        protocol = "fashioniq" if name == "fashioniq" else "fashioniq-val-split"
+        folder = score_folder(tmp_path / name, dataset, protocol=protocol, reference="keep")
+        uris.append(ingest(str(folder), str(tmp_path / f"store-{name}")).store.uri)
+    with pytest.raises(DataError, match="would be a leak"):
+        evaluate(EvaluateConfig(store=uris[0], tune_on=uris[1], out=str(tmp_path / "r")))
 
 
 def test_missing_scores_stay_missing_and_are_counted(tmp_path):
@@ -261,6 +285,10 @@ def strangers(ids):
             lambda qs: [{**qs[0], "group": qs[0]["targets"]}],
             "does not hold the reference",
         ),
+        ("queries", lambda qs: [{**qs[0], "excluded": qs[0]["targets"]}], "a target is excluded"),
+        ("queries", lambda qs: [{**qs[0], "targets": False}], "must be a list of strings"),
+        ("queries", lambda qs: [{**qs[0], "category": 3}], "'category' must be text"),
+        ("queries", lambda qs: [{**qs[0], "fold_group": "\ud800"}], "not Unicode text"),
         ("gallery_ids", lambda ids: [*ids[1:], "\ud800"], "not Unicode text"),
         ("gallery_ids", lambda ids: [*ids[1:], True], "must be a list of ids"),
     ],
@@ -372,7 +400,7 @@ def test_fashioniq_policy_keeps_the_reference_and_averages_categories(tmp_path):
     assert text.count("| fashioniq |") == 3
     alone = evaluate(EvaluateConfig(store=uris[0], out=str(tmp_path / "one"), fusions=())).table
     assert "One category alone (dress 20 queries), no mean" in alone.caption
-    with pytest.raises(DataError, match="stands twice"):
+    with pytest.raises(DataError, match="name a store once"):
         evaluate(EvaluateConfig(store=(uris[0], uris[0]), out=str(tmp_path / "x")))
 
 
@@ -411,6 +439,9 @@ def test_stores_that_do_not_belong_together_are_refused(tmp_path):
     other_split = store("test", shirt, **fiq, split="test", category="shirt")
     with pytest.raises(DataError, match="has split 'val'"):
         together(named, other_split)
+    again = store("again", shirt, **fiq, split="val", category="dress")
+    with pytest.raises(DataError, match="category 'dress' has several galleries"):
+        together(named, again)
     unnamed = store("unnamed", shirt, **fiq, split="val")
     with pytest.raises(DataError, match="some queries have no category"):
         together(named, unnamed)
@@ -433,4 +464,4 @@ def test_a_missing_group_takes_the_subset_recall_away_and_says_so(tmp_path):
     uri = ingest(str(folder), str(tmp_path / "s")).store.uri
     table = evaluate(EvaluateConfig(store=uri, out=str(tmp_path / "r"), fusions=())).table
     assert "Rmean" not in table.metrics
-    assert "Rsubset and Rmean are left out: 1 queries have no group" in table.caption
+    assert "Subset recalls are left out: 1 queries have no group" in table.caption
