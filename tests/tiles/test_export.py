@@ -172,9 +172,8 @@ def test_flipped_bits_are_found_without_a_traceback(tmp_path, store, capsys):
         flipped = bytearray(data)
         flipped[rng.integers(len(data))] ^= 1 << rng.integers(8)
         (tmp_path / "y.parquet").write_bytes(flipped)
-        code = main(
-            ["tiles", "ingest", str(tmp_path / "y.parquet"), "--out", str(tmp_path / f"{n}")]
-        )
+        out = str(tmp_path / f"store-{n}")
+        code = main(["tiles", "ingest", str(tmp_path / "y.parquet"), "--out", out])
         assert "Traceback" not in capsys.readouterr().err
         if code == 0:  # a bit that nothing reads
             back = TileStore(out)

@@ -203,13 +203,13 @@ def test_weights_are_not_tuned_on_the_same_queries_over_another_gallery(tmp_path
     named = {id for q in whole_split.queries for id in (q.reference, *q.targets)}
     fewer = Gallery.from_source({id: "" for id in whole_split.gallery.ids if id in named})
     uris = []
-    for name, dataset in (
-        ("fashioniq", whole_split),
-        ("val-split", replace(whole_split, gallery=fewer)),
+    for protocol, gallery in (
+        ("fashioniq", whole_split.gallery),
+        ("fashioniq-val-split", fewer),
     ):
-        protocol = "fashioniq" if name == "fashioniq" else "fashioniq-val-split"
-        folder = score_folder(tmp_path / name, dataset, protocol=protocol, reference="keep")
-        uris.append(ingest(str(folder), str(tmp_path / f"store-{name}")).store.uri)
+        dataset = replace(whole_split, gallery=gallery)
+        folder = score_folder(tmp_path / protocol, dataset, protocol=protocol, reference="keep")
+        uris.append(ingest(str(folder), str(tmp_path / f"store-{protocol}")).store.uri)
     with pytest.raises(DataError, match="would be a leak"):
         evaluate(EvaluateConfig(store=uris[0], tune_on=uris[1], out=str(tmp_path / "r")))
 
