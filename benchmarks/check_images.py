@@ -20,7 +20,7 @@ from dafm_ray.config import DatasetConfig
 from dafm_ray.datasets.check import check
 from dafm_ray.session import ensure_ray
 
-IMAGES = int(os.environ.get("DAFM_BENCH_IMAGES", "10000"))
+IMAGES = int(os.environ.get("DAFM_BENCH_IMAGES", "40000"))
 SIZE = (400, 300)
 BARE = 10_000
 CPUS = os.cpu_count() or 1
