@@ -180,6 +180,7 @@ class FinetuneConfig:
         batch_size: of all workers together; the negatives of a query are all targets in it.
         learning_rate: peak of a one-cycle schedule.
         weight_decay: of AdamW.
+        gradient_clip: longest gradient over all parameters; 0 leaves gradients as they are.
         logit_scale: factor on the scores before the softmax (1 / temperature), in families that
             do not learn it.
         loss: weights of the terms of a family's loss, where they differ from the published ones.
@@ -205,6 +206,7 @@ class FinetuneConfig:
     batch_size: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
+    gradient_clip: float = 0.0
     logit_scale: float = 100.0
     loss: dict[str, float] = field(default_factory=dict)
     shift: int = 0
@@ -222,6 +224,8 @@ class FinetuneConfig:
             raise ConfigError("batch_size must be at least 2 and a multiple of workers")
         if self.epochs < 1 or self.learning_rate <= 0:
             raise ConfigError("epochs must be at least 1 and learning_rate above 0")
+        if self.gradient_clip < 0:
+            raise ConfigError("gradient_clip must be at least 0")
 
 
 def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -172,7 +172,7 @@ def train(
         )
         losses = []
         for batch in load_batches(triplets, batches, config.loader_workers):
-            losses.append(_step(loss_of, batch, optimiser))
+            losses.append(_step(loss_of, batch, optimiser, config.gradient_clip))
             schedule.step()
         model.module.eval()
         recall = _agreed(lambda: validation_recall(model, validation, device))
@@ -196,13 +196,16 @@ def train(
         )
 
 
-def _step(loss_of: nn.Module, batch: Batch, optimiser: torch.optim.Optimizer) -> float:
+def _step(loss_of: nn.Module, batch: Batch, optimiser: torch.optim.Optimizer, clip: float) -> float:
     """One optimiser step; the loss of the batch before it."""
     loss: Tensor = loss_of(batch)
     if not torch.isfinite(loss):
         raise DataError(f"the loss is {loss.item()}; lower learning_rate")
     optimiser.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
+    if clip:
+        learning = [p for group in optimiser.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(learning, clip)
     optimiser.step()
     return loss.item()
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from dafm_ray.config import DatasetConfig, FinetuneConfig
+from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import ConfigError, DataError
-from dafm_ray.finetune.trainer import build, finetune, save_weights, train
+from dafm_ray.finetune.trainer import TripletLoss, _step, build, finetune, save_weights, train
+from dafm_ray.finetune.triplets import Triplets, load_batches
 from dafm_ray.models.registry import load_model
 from tests.samples import image_folder
 
@@ -88,6 +90,24 @@ def test_only_the_named_parts_learn(config, tmp_path):
     for key in before:
         same = torch.equal(before[key], after[key])
         assert same == key.startswith("CLIP."), key
+
+
+def test_gradients_are_clipped(config):
+    """A step of AdamW forgets the gradient's length, so plain descent shows it."""
+    moved = {}
+    for clip in (0.0, 1e-3):
+        model = build(config)
+        learning = [p for p in model.module.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in learning]
+        batch = next(
+            iter(load_batches(Triplets(load_dataset(config.train), model), [list(range(8))], 0))
+        )
+        optimiser = torch.optim.SGD(learning, lr=1.0)
+        _step(TripletLoss(model, config), batch, optimiser, clip)
+        after = zip(before, learning, strict=True)
+        moved[clip] = sum(((p.detach() - b) ** 2).sum() for b, p in after).sqrt().item()
+    assert moved[0.0] > 1e-2
+    assert moved[1e-3] == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_training_stops_when_recall_stops_rising(config):
