@@ -62,7 +62,8 @@ def parse_json(text: str, where: str) -> Any:
     """
     try:
         value = json.loads(text, object_pairs_hook=_unrepeated)
-        spelled = json.dumps(value, ensure_ascii=False)
+        # Only an escape can stand for what UTF-8 cannot hold.
+        spelled = json.dumps(value, ensure_ascii=False) if "\\ud" in text.lower() else ""
     except _RepeatedKeyError as error:
         raise DataError(f"{where}: the key {error.args[0]!r} stands twice") from None
     except (ValueError, RecursionError) as error:

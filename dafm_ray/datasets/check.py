@@ -139,7 +139,7 @@ def _read(config: DatasetConfig) -> tuple[list[Draft], list[Finding]]:
 def _named(draft: Draft, findings: Sequence[Finding]) -> list[Finding]:
     """Findings with the part of the data set they are about."""
     title = title_of("", draft.split, draft.category)
-    if draft.name in ("folder", ""):
+    if draft.name == "folder":
         return list(findings)
     return [replace(finding, detail=f"{title}: {finding.detail}") for finding in findings]
 

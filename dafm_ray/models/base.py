@@ -6,7 +6,7 @@ Shape letters: B batch, R distinct references, Q queries, N candidates, D featur
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from PIL import Image
@@ -102,7 +102,7 @@ class FrozenModel(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, model_id: ModelId) -> "FrozenModel":
+    def load(cls, model_id: ModelId) -> Self:
         """Build the model and load its weights on the CPU.
 
         Raises:
@@ -116,7 +116,7 @@ class FrozenModel(ABC):
         scratch: Mapping[str, Any],
         captions: Sequence[Sequence[str]],
         seed: int,
-    ) -> "FrozenModel":
+    ) -> Self:
         """Build the model to be trained: weights that exist are loaded, new parts are random.
 
         Args:
@@ -181,6 +181,25 @@ class FrozenModel(ABC):
         """
 
     @staticmethod
-    @abstractmethod
     def score(query_features: Tensor, gallery_features: Tensor) -> Tensor:
-        """(Q, ...) and (N, ...) -> (Q, N) scores, higher is better. Needs no weights."""
+        """(Q, ...) and (N, ...) -> (Q, N) scores, higher is better. Needs no weights.
+
+        The dot product of (Q, D) and (N, D), unless a family has another.
+        """
+        return query_features @ gallery_features.T
+
+
+Sizes = TypeVar("Sizes")
+
+
+def scratch_sizes(kind: type[Sizes], scratch: Mapping[str, Any], vocab_size: int) -> Sizes:
+    """Sizes of new towers, from `scratch.towers` of a training job.
+
+    Raises:
+        ConfigError: a size is missing or unknown.
+    """
+    try:
+        return kind(**{**scratch["towers"], "vocab_size": vocab_size})
+    except (KeyError, TypeError) as error:
+        fields = f"the fields of {kind.__name__}"
+        raise ConfigError(f"scratch.towers must hold {fields}: {error}") from None

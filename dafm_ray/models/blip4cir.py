@@ -2,7 +2,6 @@
 WACV 2024), both on BLIP's towers.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -11,8 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dafm_ray.errors import ConfigError
-from dafm_ray.models.base import FrozenModel, ModelId, Terms
+from dafm_ray.models.base import FrozenModel, ModelId, Terms, scratch_sizes
 from dafm_ray.models.blip import (
     BASE,
     TINY,
@@ -25,7 +23,7 @@ from dafm_ray.models.captions import join_capitalised
 from dafm_ray.models.checkpoints import Checkpoint, load_strictly, read_checkpoint
 from dafm_ray.models.clip4cir import Combiner, combiner_of, seeded
 from dafm_ray.models.preprocess import target_pad, to_tensor
-from dafm_ray.models.wordpieces import ADDED, WordPieces, words_in
+from dafm_ray.models.wordpieces import ADDED, WordPieces, tiny_vocabulary, words_in
 
 FORWARD = "[FORWARD]"
 """Bi-BLIP4CIR's tag of a query that goes from reference to target."""
@@ -43,7 +41,7 @@ class BlipWeights(nn.Module):
         self.Combiner = combiner
 
 
-class BlipModel(FrozenModel, ABC):
+class BlipModel(FrozenModel):
     """What both families share."""
 
     module: BlipWeights
@@ -57,11 +55,6 @@ class BlipModel(FrozenModel, ABC):
         self.words = words
 
     @classmethod
-    @abstractmethod
-    def load(cls, model_id: ModelId) -> Self:
-        """Each family has its own files."""
-
-    @classmethod
     def start(
         cls,
         model_id: ModelId,
@@ -73,7 +66,7 @@ class BlipModel(FrozenModel, ABC):
         if model_id.weights != "scratch":
             return cls.load(model_id)
         words = words_in([text for texts in captions for text in texts])
-        sizes = scratch_blip_sizes(scratch, len(words) + len(ADDED))
+        sizes = scratch_sizes(BlipSizes, scratch, len(words) + len(ADDED))
         combiner = None
         if model_id.variant == "combiner":
             width = sizes.embed_dim
@@ -88,7 +81,12 @@ class BlipModel(FrozenModel, ABC):
         towers = BlipTowers(sizes)
         load_strictly(towers, checkpoint.section("towers"), checkpoint.where)
         combiner = combiner_of(checkpoint) if variant == "combiner" else None
-        return cls(BlipWeights(towers, combiner), sizes, variant, words_of(checkpoint))
+        return cls(
+            BlipWeights(towers, combiner),
+            sizes,
+            variant,
+            WordPieces(checkpoint.metadata.get("words")),
+        )
 
     def header(self) -> dict[str, Any]:
         """What a weights file must say besides its tensors so that it can be built again."""
@@ -113,11 +111,6 @@ class BlipModel(FrozenModel, ABC):
         ids_BT, mask_BT = self.words(texts_B, min(max_length, self.sizes.text_positions))
         return ids_BT.to(device), mask_BT.to(device)
 
-    @staticmethod
-    def score(query_features: Tensor, gallery_features: Tensor) -> Tensor:
-        """Dot product of (Q, D) and (N, D)."""
-        return query_features @ gallery_features.T
-
 
 class Blip4Cir(BlipModel):
     """`blip4cir:stage1`: the text attends to all tokens of its reference image."""
@@ -136,7 +129,12 @@ class Blip4Cir(BlipModel):
         tensors = checkpoint.section("BLIP_Retrieval", "state_dict.blip", "blip")
         sizes = sizes_of(tensors, checkpoint.where)
         towers = load_blip(tensors, sizes, checkpoint.where)
-        return cls(BlipWeights(towers), sizes, model_id.variant, words_of(checkpoint))
+        return cls(
+            BlipWeights(towers),
+            sizes,
+            model_id.variant,
+            WordPieces(checkpoint.metadata.get("words")),
+        )
 
     def encode_queries(
         self, references_R3HW: Tensor, reference_index_B: Tensor, captions_B: Sequence[str]
@@ -144,7 +142,6 @@ class Blip4Cir(BlipModel):
         """L2(text_proj(first token)) of the text encoder with cross-attention, (B, D)."""
         tokens_RPW = self.module.towers.image_tokens(references_R3HW)
         ids_BT, mask_BT = self.tokens(captions_B)
-        ids_BT = ids_BT.clone()
         ids_BT[:, 0] = self.words.encoder_token
         return self.fuse(tokens_RPW[reference_index_B], ids_BT, mask_BT)
 
@@ -204,7 +201,12 @@ class BiBlip4Cir(BlipModel):
         sizes = sizes_of(tensors, checkpoint.where, image_size, heads)
         towers = load_blip(tensors, sizes, checkpoint.where)
         combiner = combiner_of(checkpoint) if variant == "combiner" else None
-        return cls(BlipWeights(towers, combiner), sizes, variant, words_of(checkpoint))
+        return cls(
+            BlipWeights(towers, combiner),
+            sizes,
+            variant,
+            WordPieces(checkpoint.metadata.get("words")),
+        )
 
     def caption(self, captions: Sequence[str]) -> str:
         """Joined as CLIP4CIR does, then `[FORWARD]` before every chunk between "and"."""
@@ -233,23 +235,6 @@ def tagged(text: str, tag: str) -> str:
     return "and".join(f" {tag} {chunk}" for chunk in text.split("and"))
 
 
-def scratch_blip_sizes(scratch: Mapping[str, Any], vocab_size: int) -> BlipSizes:
-    """Sizes of new towers, from `scratch.towers` of a training job.
-
-    Raises:
-        ConfigError: a size is missing or unknown.
-    """
-    try:
-        return BlipSizes(**{**scratch["towers"], "vocab_size": vocab_size})
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"scratch.towers must hold the fields of BlipSizes: {error}") from None
-
-
-def words_of(checkpoint: Checkpoint) -> WordPieces:
-    """The vocabulary that comes with the weights, or the published one."""
-    return WordPieces(checkpoint.metadata.get("words"))
-
-
 def random_towers(weights: str) -> tuple[BlipTowers, BlipSizes, WordPieces] | None:
     """Random towers of the published or of a tiny size, for tests; None for weights of a file."""
     if weights == "random":
@@ -258,9 +243,3 @@ def random_towers(weights: str) -> tuple[BlipTowers, BlipSizes, WordPieces] | No
         words = tiny_vocabulary(TINY.vocab_size)
         return seeded(0, lambda: BlipTowers(TINY)), TINY, WordPieces(words)
     return None
-
-
-def tiny_vocabulary(size: int) -> list[str]:
-    """A vocabulary of letters and their continuations, padded to leave room for added tokens."""
-    words = words_in([])
-    return words + [f"[unused{n}]" for n in range(size - len(words) - len(ADDED))]

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dafm_ray.errors import ConfigError
-from dafm_ray.models.base import RANDOM, FrozenModel, ModelId
+from dafm_ray.models.base import RANDOM, FrozenModel, ModelId, scratch_sizes
 from dafm_ray.models.captions import join_capitalised
 from dafm_ray.models.checkpoints import Checkpoint, load_strictly, read_checkpoint
 from dafm_ray.models.clip_towers import (
@@ -148,11 +147,6 @@ class ClipModel(FrozenModel):
         """(B, 3, H, W) -> (B, D), L2-normalised."""
         return F.normalize(self.encode_images(images_B3HW), dim=-1)
 
-    @staticmethod
-    def score(query_features: Tensor, gallery_features: Tensor) -> Tensor:
-        """Dot product of (Q, D) and (N, D)."""
-        return query_features @ gallery_features.T
-
 
 class Clip4Cir(ClipModel):
     """`clip4cir:sum` and `clip4cir:combiner`."""
@@ -166,7 +160,7 @@ class Clip4Cir(ClipModel):
         scratch: Mapping[str, Any],
         captions: Sequence[Sequence[str]],
         seed: int,
-    ) -> "Clip4Cir":
+    ) -> Self:
         """`scratch` holds `towers` (fields of `TowerSizes`) and `combiner` (projection, hidden).
 
         Towers from scratch know the words of the training captions and no others.
@@ -177,7 +171,7 @@ class Clip4Cir(ClipModel):
             vocabulary = checkpoint.metadata.get("vocabulary")
         else:
             vocabulary = vocabulary_of([join_capitalised(texts) for texts in captions])
-            sizes = scratch_sizes(scratch, len(vocabulary))
+            sizes = scratch_sizes(TowerSizes, scratch, len(vocabulary))
             towers = seeded(seed, lambda: build_towers(sizes))
         combiner = None
         if model_id.variant == "combiner":
@@ -223,18 +217,6 @@ def combiner_of(checkpoint: Checkpoint) -> Combiner:
         combiner = Combiner(width, tensors["text_projection_layer.weight"].shape[0], hidden)
     load_strictly(combiner, tensors, checkpoint.where)
     return combiner
-
-
-def scratch_sizes(scratch: Mapping[str, Any], vocab_size: int) -> TowerSizes:
-    """Sizes of new towers, from `scratch.towers` of a training job.
-
-    Raises:
-        ConfigError: a size is missing or unknown.
-    """
-    try:
-        return TowerSizes.from_json({**scratch["towers"], "vocab_size": vocab_size})
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"scratch.towers must hold the fields of TowerSizes: {error}") from None
 
 
 Built = TypeVar("Built")

@@ -45,6 +45,10 @@ class TowerSizes:
     text_layers: int
     vision_head_width: int = HEAD_WIDTH
 
+    def __post_init__(self) -> None:
+        if isinstance(self.vision_layers, list):  # JSON and YAML know no tuples
+            object.__setattr__(self, "vision_layers", tuple(self.vision_layers))
+
     @staticmethod
     def from_weights(
         tensors: Mapping[str, Tensor], text_heads: int | None = None, where: str = "the file"
@@ -67,9 +71,7 @@ class TowerSizes:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "TowerSizes":
         """Inverse of `to_json`."""
-        layers = values["vision_layers"]
-        depth = tuple(layers) if isinstance(layers, list) else layers
-        return TowerSizes(**{**values, "vision_layers": depth})
+        return TowerSizes(**values)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a weights file's header."""

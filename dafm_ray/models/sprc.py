@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dafm_ray.errors import ConfigError
-from dafm_ray.models.base import Contrast, FrozenModel, ModelId, Terms
-from dafm_ray.models.blip4cir import tiny_vocabulary, words_of
+from dafm_ray.models.base import Contrast, FrozenModel, ModelId, Terms, scratch_sizes
 from dafm_ray.models.captions import join_capitalised
 from dafm_ray.models.checkpoints import load_strictly, read_checkpoint
 from dafm_ray.models.clip4cir import seeded
@@ -27,7 +25,7 @@ from dafm_ray.models.qformer import (
     load_qformer,
     sizes_of,
 )
-from dafm_ray.models.wordpieces import ADDED, WordPieces, words_in
+from dafm_ray.models.wordpieces import ADDED, WordPieces, tiny_vocabulary, words_in
 
 AUTHORS_KEY = "Blip2QformerCirAlignPrompt"
 TEXT_LENGTH = 32
@@ -65,11 +63,11 @@ class Sprc(FrozenModel):
             own = QFormerSizes(**checkpoint.metadata["sizes"])
             module = PromptedQFormer(own, spn)
             load_strictly(module, checkpoint.tensors, checkpoint.where)
-            return cls(module, own, model_id.variant, words_of(checkpoint))
+            return cls(module, own, model_id.variant, WordPieces(checkpoint.metadata.get("words")))
         tensors = checkpoint.section("state_dict.blip_model" if spn else AUTHORS_KEY)
         sizes = sizes_of(tensors, checkpoint.where)
         module = load_qformer(tensors, sizes, checkpoint.where)
-        return cls(module, sizes, model_id.variant, words_of(checkpoint))
+        return cls(module, sizes, model_id.variant, WordPieces(checkpoint.metadata.get("words")))
 
     @classmethod
     def start(
@@ -83,12 +81,8 @@ class Sprc(FrozenModel):
         if model_id.weights != "scratch":
             return cls.load(model_id)
         words = words_in([text for texts in captions for text in texts])
-        try:
-            sizes = QFormerSizes(**{**scratch["towers"], "vocab_size": len(words) + len(ADDED)})
-        except (KeyError, TypeError) as error:
-            raise ConfigError(
-                f"scratch.towers must hold the fields of QFormerSizes: {error}"
-            ) from None
+        vocab_size = len(words) + len(ADDED)
+        sizes = scratch_sizes(QFormerSizes, scratch, vocab_size)
         module = seeded(seed, lambda: PromptedQFormer(sizes, model_id.variant == "spn"))
         return cls(module, sizes, model_id.variant, WordPieces(words))
 

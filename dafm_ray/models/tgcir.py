@@ -5,7 +5,6 @@ Written from the paper and from measured numbers; the published code is GPL-3 an
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,10 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dafm_ray.models.base import Contrast, FrozenModel, ModelId, Terms
+from dafm_ray.models.base import Contrast, FrozenModel, ModelId, Terms, scratch_sizes
 from dafm_ray.models.captions import join_plain
 from dafm_ray.models.checkpoints import load_strictly, read_checkpoint
-from dafm_ray.models.clip4cir import scratch_sizes, seeded
+from dafm_ray.models.clip4cir import seeded
 from dafm_ray.models.clip_towers import (
     SIZE_BUFFERS,
     TowerSizes,
@@ -185,7 +184,7 @@ class TgCir(FrozenModel):
         if model_id.weights != "scratch":
             return cls.load(model_id)
         vocabulary = vocabulary_of([join_plain(texts) for texts in captions])
-        sizes = scratch_sizes(scratch, len(vocabulary))
+        sizes = scratch_sizes(TowerSizes, scratch, len(vocabulary))
         spn = model_id.variant == "spn"
         module = seeded(seed, lambda: TgCirWeights(sizes, text_side=spn))
         return cls(module, sizes, model_id.variant, vocabulary)
@@ -286,11 +285,6 @@ class TgCir(FrozenModel):
         weighted = F.normalize(tokens_BKD, dim=-1) * self.module.local_weight[:, None]
         return weighted.flatten(1)
 
-    @staticmethod
-    def score(query_features: Tensor, gallery_features: Tensor) -> Tensor:
-        """Dot product of (Q, D) and (N, D)."""
-        return query_features @ gallery_features.T
-
 
 def logit_scale_of(module: TgCirWeights) -> Tensor:
     """The learnt factor on scores; SPN4CIR's second stage keeps none."""
@@ -329,11 +323,6 @@ def load_tgcir(
     module = TgCirWeights(sizes, tokens, text_side)
     load_strictly(module, tensors, where)
     return module
-
-
-def with_vision_heads(sizes: TowerSizes, heads: int) -> TowerSizes:
-    """The sizes with another number of heads, which no state dict stores."""
-    return replace(sizes, vision_head_width=sizes.vision_width // heads)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -29,6 +29,12 @@ def words_in(texts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*SPECIAL, *pieces]))
 
 
+def tiny_vocabulary(size: int) -> list[str]:
+    """A vocabulary of letters, padded to leave room for added tokens; for random models."""
+    words = words_in([])
+    return words + [f"[unused{n}]" for n in range(size - len(words) - len(ADDED))]
+
+
 class WordPieces:
     """Texts to token ids.
 

@@ -26,6 +26,7 @@ from dafm_ray.fusion.static import Convex, static_fusion
 from dafm_ray.progress import progress
 from dafm_ray.report import cases as case_studies
 from dafm_ray.report.page import render
+from dafm_ray.report.stores import refuse_leaks, refuse_unlike
 from dafm_ray.report.tables import Row, Table, to_csv, to_latex, to_markdown
 from dafm_ray.tiles.manifest import Manifest, joint_title
 from dafm_ray.tiles.store import TileStore
@@ -57,9 +58,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     systems_named = [static_fusion(name) for name in config.fusions]
     stores = [TileStore(uri) for uri in config.stores]
-    for store in stores:
-        _refuse_incomplete(store)
-    _refuse_unlike(stores)
+    refuse_unlike(stores)
     queries = [query for store in stores for query in store.queries]
     labelled = np.flatnonzero([bool(query.targets) for query in queries])
     if not len(labelled):
@@ -67,7 +66,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         raise DataError(f"{uris}: no query has a target, so there is nothing to count")
     systems: list[Fusion] = [*singles(stores[0]), *systems_named]
     if config.tuning_stores:
-        systems.append(_convex(stores, [TileStore(uri) for uri in config.tuning_stores]))
+        others = [TileStore(uri) for uri in config.tuning_stores]
+        refuse_leaks(stores, others)
+        systems.append(search_convex(*others))
     _refuse_same_names(systems)
     rules = protocol(stores[0].manifest.protocol)
     with progress("evaluate", len(queries), unit="query") as shown:
@@ -105,90 +106,6 @@ def _refuse_same_names(systems: Sequence[Fusion]) -> None:
             raise ConfigError(
                 f"two systems are called {name!r}; name a fusion once, and call no model like one"
             )
-
-
-def _refuse_incomplete(store: TileStore) -> None:
-    missing = store.missing()
-    if missing:
-        raise DataError(
-            f"{store.uri} lacks {len(missing)} tiles (first: {missing[0]}); "
-            "run `dafm precompute` (or `dafm tiles ingest`) to the end first"
-        )
-
-
-def _refuse_unlike(stores: Sequence[TileStore]) -> None:
-    """DataError unless the stores hold different queries of one protocol under the same models."""
-    first = stores[0]
-    for store in stores[1:]:
-        _refuse_other_models(first, store, "reported together")
-        mine, theirs = first.manifest, store.manifest
-        for what, one, other in (
-            ("protocol", mine.protocol, theirs.protocol),
-            ("reference policy", mine.policy, theirs.policy),
-            ("data set", mine.dataset["name"], theirs.dataset["name"]),
-            ("split", mine.dataset["split"], theirs.dataset["split"]),
-        ):
-            if one != other:
-                raise DataError(
-                    f"{first.uri} has {what} {one!r}, {store.uri} has {other!r}; one number means "
-                    "one protocol"
-                )
-        if not protocol(mine.protocol).macro and mine.gallery_digest != theirs.gallery_digest:
-            raise DataError(
-                f"{first.uri} and {store.uri} search other galleries; protocol {mine.protocol} "
-                "has one"
-            )
-    owner: dict[str, str] = {}
-    gallery: dict[str, str] = {}
-    for store in stores:
-        for query in store.queries:
-            if query.id in owner:
-                raise DataError(
-                    f"query {query.id!r} is in {owner[query.id]} and in {store.uri}; name a store "
-                    "once, and give the queries of each category ids of their own"
-                )
-            owner[query.id] = store.uri
-        if protocol(first.manifest.protocol).macro:
-            for category in sorted({query.category for query in store.queries}):
-                digest_of = store.manifest.gallery_digest
-                if not category and len(stores) > 1:
-                    raise DataError(
-                        f"{store.uri}: some queries have no category, and protocol "
-                        f"{first.manifest.protocol} averages over categories; name them all"
-                    )
-                if gallery.setdefault(category, digest_of) != digest_of:
-                    raise DataError(
-                        f"category {category!r} has several galleries; protocol "
-                        f"{first.manifest.protocol} has one a category"
-                    )
-
-
-def _refuse_other_models(store: TileStore, other: TileStore, what: str) -> None:
-    if other.models != store.models:
-        raise DataError(
-            f"{other.uri} holds the models {', '.join(other.models)}, {store.uri} holds "
-            f"{', '.join(store.models)}; only the same models can be {what}"
-        )
-    for name in store.models:
-        if not store.manifest.models[name].may_equal(other.manifest.models[name]):
-            raise DataError(f"model {name} has other weights in {other.uri} than in {store.uri}")
-
-
-def _convex(stores: Sequence[TileStore], others: Sequence[TileStore]) -> Convex:
-    for other in others:
-        _refuse_incomplete(other)
-        _refuse_other_models(stores[0], other, "searched for weights")
-        theirs = {query.id for query in other.queries}
-        for store in stores:
-            shared = theirs & {query.id for query in store.queries}
-            mine, tuned = store.manifest, other.manifest
-            alike = mine.gallery_digest == tuned.gallery_digest or mine.title == tuned.title
-            if shared and alike:
-                raise DataError(
-                    f"{other.uri} holds queries of {store.uri} ({len(shared)} of them); weights "
-                    "searched on the queries they are reported on would be a leak"
-                )
-    return search_convex(*others)
 
 
 def _cases(

@@ -44,12 +44,7 @@ def export(store: TileStore, to: str) -> None:
         DataError: the store is incomplete or damaged.
         MachineError: the file cannot be written.
     """
-    missing = store.missing()
-    if missing:
-        raise DataError(
-            f"{store.uri} lacks {len(missing)} tiles (first: {missing[0]}); "
-            "run `dafm precompute` (or `dafm tiles ingest`) to the end first"
-        )
+    store.refuse_incomplete()
     schema = _schema(store)
     row_bytes = len(store.models) * store.size("gallery") * np.dtype(_type(store)).itemsize
     step = max(1, _GROUP_BYTES // row_bytes)

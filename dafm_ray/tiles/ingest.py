@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from dafm_ray.config import DatasetConfig, PrecomputeConfig, parse_config
-from dafm_ray.datasets.annotations import is_text, read_json, read_queries, take, texts
+from dafm_ray.datasets.annotations import read_json, read_queries, take, texts
 from dafm_ray.datasets.base import (
     PROTOCOLS,
     Dataset,
@@ -147,7 +147,7 @@ def ingest(source: str, out: str, dataset: DatasetConfig | None = None) -> Inges
     storage = open_storage(out)
     with writing(storage):
         _refuse_narrower(storage, score_type)
-        digests = _digests(opened, systems, spans(len(opened.queries), Q_ROWS))
+        digests, coverage = _survey(opened, systems)
         for name in written:
             if written[name] != digests[name]:
                 raise DataError(f"{source}: the scores of {name} have changed since the export")
@@ -163,28 +163,36 @@ def ingest(source: str, out: str, dataset: DatasetConfig | None = None) -> Inges
             score_type,
         )
         store.repair(systems)
-        coverage = _write(store, opened, systems)
+        _write(store, opened, systems)
     return Ingested(store, coverage, notes)
 
 
-def _digests(
-    dataset: Dataset, systems: Mapping[str, "_System"], blocks: Sequence[range]
-) -> dict[str, str]:
-    """Digest of each system's scores as they are aligned: other ids are other scores.
+def _survey(
+    dataset: Dataset, systems: Mapping[str, _System]
+) -> tuple[dict[str, str], list[Coverage]]:
+    """Digest of each system's scores as they are aligned (other ids are other scores), and what it
+    covers.
 
     Raises:
         DataError: a score is infinite.
     """
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    coverage: list[Coverage] = []
+    blocks = spans(len(dataset.queries), Q_ROWS)
     with progress("read", len(systems) * len(blocks), unit="block") as shown:
         for name, system in systems.items():
-            digest = ScoresDigest()
+            digest, empty, missing = ScoresDigest(), 0, 0
             for rows in blocks:
                 block = _in_order(dataset, name, system, rows)
                 digest.update(block)
+                absent = np.isnan(block)
+                empty += int(absent.all(axis=1).sum())
+                missing += int(absent.sum())
                 shown.advance()
-            found[name] = digest.hex()
-    return found
+            digests[name] = digest.hex()
+            pairs = len(dataset.queries) * len(dataset.gallery)
+            coverage.append(Coverage(name, system.scores.dtype, empty, missing / pairs))
+    return digests, coverage
 
 
 def _refuse_narrower(storage: Storage, score_type: ScoreType) -> None:
@@ -286,9 +294,6 @@ def _read_ids(file: Path) -> list[str]:
     values = read_json(file, list)
     if not all(type(value) is int or isinstance(value, str) for value in values):
         raise DataError(f"{file} must be a list of ids")
-    for value in values:
-        if not is_text(str(value)):
-            raise DataError(f"{file}: {value!r} holds characters that are not Unicode text")
     ids = [str(value) for value in values]
     refuse_duplicates(ids, f"{file}: id")
     return ids
@@ -349,26 +354,21 @@ def _refuse_strangers(given: Sequence[str], known: Sequence[str], what: str) -> 
         raise DataError(f"{what} {named}{more}; ids are compared as written")
 
 
-def _write(store: TileStore, opened: Dataset, systems: Mapping[str, _System]) -> list[Coverage]:
+def _write(store: TileStore, dataset: Dataset, systems: Mapping[str, _System]) -> None:
+    """Write the tiles that are not there yet."""
     total = sum(len(store.score_keys(name)) for name in systems)
-    coverage: list[Coverage] = []
-    with progress("ingest", total, unit="tile") as shown:
+    todo = set(store.missing(systems))
+    with progress("ingest", total, total - len(todo), unit="tile") as shown:
         for name, system in systems.items():
-            done = store.finished()
-            empty, missing = 0, 0
             for q, rows in enumerate(store.tile_rows):
-                block = _in_order(opened, name, system, rows)
-                absent = np.isnan(block)
-                empty += int(absent.all(axis=1).sum())
-                missing += int(absent.sum())
-                for n, columns in enumerate(store.tile_columns):
-                    if score_key(name, q, n) not in done:
-                        tile = block[:, columns.start : columns.stop]
-                        store.write(score_key(name, q, n), tile.astype(store.manifest.score_type))
-                    shown.advance()
-            size = store.size("queries") * store.size("gallery")
-            coverage.append(Coverage(name, system.scores.dtype, empty, missing / size))
-    return coverage
+                keys = [score_key(name, q, n) for n in range(len(store.tile_columns))]
+                if todo.isdisjoint(keys):
+                    continue
+                block = _in_order(dataset, name, system, rows).astype(store.manifest.score_type)
+                for key, columns in zip(keys, store.tile_columns, strict=True):
+                    if key in todo:
+                        store.write(key, block[:, columns.start : columns.stop])
+                        shown.advance()
 
 
 def _in_order(dataset: Dataset, name: str, system: _System, rows: range) -> Array:

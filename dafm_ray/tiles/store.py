@@ -16,7 +16,7 @@ know what is done, and every block is verified when a process first opens it.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -342,7 +342,7 @@ class TileStore:
         self.storage.delete(_quarantine_path(role, block))
         self.finished()
 
-    def repair(self, models: Iterable[str] | None = None) -> list[str]:
+    def repair(self, models: Collection[str] | None = None) -> list[str]:
         """Drop every block that is damaged or missing, so that `precompute` makes it again.
 
         Args:
@@ -351,13 +351,12 @@ class TileStore:
         Returns:
             Paths of what was dropped.
         """
-        unsound = {path for path, problem in self.verify() if problem}
+        unsound = {path for path, problem in self.verify(models) if problem}
         dropped: list[str] = []
         for path in self._record_paths():
             key, digest = _parse_record(path)
             data = f"{key}.{digest}.arrow"
-            mine = models is None or key.split("/")[1] in models
-            if mine and (path in unsound or data in unsound):
+            if path in unsound or data in unsound:
                 self.storage.delete(path)
                 self.storage.delete(data)
                 dropped.append(data)
@@ -372,12 +371,27 @@ class TileStore:
         names = self.models if models is None else models
         return [key for name in names for key in self.score_keys(name) if key not in done]
 
-    def verify(self) -> Iterator[tuple[str, str]]:
-        """Check every record and every checksum; yield (path, problem), "" where all is well."""
+    def refuse_incomplete(self) -> None:
+        """DataError if a tile is not finished."""
+        missing = self.missing()
+        if missing:
+            raise DataError(
+                f"{self.uri} lacks {len(missing)} tiles (first: {missing[0]}); "
+                "run `dafm precompute` (or `dafm tiles ingest`) to the end first"
+            )
+
+    def verify(self, models: Collection[str] | None = None) -> Iterator[tuple[str, str]]:
+        """Check every record and every checksum, of some or of all models.
+
+        Yields:
+            (path, problem), "" where all is well.
+        """
         for name in self.manifest.tables:
             yield self._verify_one(name, self.manifest.tables[name])
         for path in self._record_paths():
             key, digest = _parse_record(path)
+            if not _is_of(key, models):
+                continue
             try:
                 record = json.loads(bytes(memoryview(self.storage.read(path))))
                 sound = record["key"] == key and record["digest"] == digest
@@ -413,6 +427,11 @@ def _parse_record(path: str) -> tuple[str, str]:
     matched = _RECORD.fullmatch(path)
     assert matched is not None
     return matched[1], matched[2]
+
+
+def _is_of(key: str, models: Collection[str] | None) -> bool:
+    """Whether a block belongs to one of the models; None stands for all."""
+    return models is None or key.split("/")[1] in models
 
 
 def _quarantine_path(role: Role, block: int) -> str:

@@ -13,10 +13,8 @@ from dafm_ray.models.blip import (
 from dafm_ray.models.blip4cir import FORWARD, BiBlip4Cir, Blip4Cir, BlipWeights, tagged
 from dafm_ray.models.checkpoints import read_checkpoint
 from dafm_ray.models.clip4cir import combiner_of
-from dafm_ray.models.registry import load_model
 from dafm_ray.models.wordpieces import WordPieces
 from tests.models.golden import Golden, meta_tensors, shapes
-from tests.samples import picture
 
 HEADS = (4, 4)
 """Of the golden towers; no state dict stores them."""
@@ -110,24 +108,6 @@ def test_full_size_keys_and_shapes_are_those_of_the_real_files(stage1, bi):
         key: shape for key, shape in expected.items() if key != "temperature"
     }
     assert sizes_of(meta_tensors(keys), "real") == BASE
-
-
-@pytest.mark.parametrize("name", ["blip4cir:stage1", "biblip4cir:sum", "biblip4cir:combiner"])
-@torch.inference_mode()
-def test_one_query_equals_a_batch_whatever_its_text_and_picture(name):
-    model = load_model(f"{name}@random-tiny")
-    modes = ("L", "RGBA", "P")
-    images = torch.stack([model.preprocess(picture(n).convert(m)) for n, m in enumerate(modes)])
-    texts = [model.caption([text]) for text in ("a red one and blue", "", "word " * 300)]
-    together = model.encode_queries(images, torch.tensor([2, 0, 2]), texts)
-    alone = [
-        model.encode_queries(images[i : i + 1], torch.tensor([0]), [text])
-        for i, text in zip((2, 0, 2), texts, strict=True)
-    ]
-    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
-    gallery = model.encode_gallery(images)
-    single = torch.cat([model.encode_gallery(images[n : n + 1]) for n in range(3)])
-    assert torch.allclose(gallery, single, atol=1e-5)
 
 
 def test_combiner_files_are_those_of_clip4cir(bi):

@@ -11,11 +11,9 @@ from dafm_ray.models.qformer import (
     renamed_qformer,
     sizes_of,
 )
-from dafm_ray.models.registry import load_model
 from dafm_ray.models.sprc import AUTHORS_KEY, Sprc
 from dafm_ray.models.wordpieces import WordPieces
 from tests.models.golden import Golden, meta_tensors, shapes
-from tests.samples import picture
 
 HEADS = (4, 4)
 """Of the golden towers; no state dict stores them."""
@@ -122,25 +120,6 @@ def test_full_size_keys_and_shapes_are_those_of_the_real_files(golden, second_st
     assert {key: found[key] for key in known} == expected
     print(f"{folder}: not ours {sorted(set(found) - known)}")
     assert len(set(found) - known) == 0
-
-
-@pytest.mark.parametrize("variant", ["base", "spn"])
-@torch.inference_mode()
-def test_one_query_equals_a_batch_whatever_its_text_and_picture(variant):
-    model = load_model(f"sprc:{variant}@random-tiny")
-    modes = ("L", "RGBA", "P")
-    images = torch.stack([model.preprocess(picture(n).convert(m)) for n, m in enumerate(modes)])
-    texts = [model.caption([text]) for text in ("a red one", "", "word " * 300)]
-    together = model.encode_queries(images, torch.tensor([2, 0, 2]), texts)
-    alone = [
-        model.encode_queries(images[i : i + 1], torch.tensor([0]), [text])
-        for i, text in zip((2, 0, 2), texts, strict=True)
-    ]
-    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
-    gallery = model.encode_gallery(images)
-    assert gallery.shape == (3, 32, model.sizes.embed_dim)
-    single = torch.cat([model.encode_gallery(images[n : n + 1]) for n in range(3)])
-    assert torch.allclose(gallery, single, atol=1e-5)
 
 
 def test_the_three_terms_of_the_loss(golden):
