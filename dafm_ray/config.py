@@ -18,6 +18,7 @@ from dafm_ray.errors import ConfigError
 _FORBID: dict[str, str] = {"extra": "forbid"}
 _UNKNOWN_KEY = "unexpected_keyword_argument"
 Config = TypeVar("Config")
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,13 @@ class ModelConfig:
         name: short name in the store and in tables.
         id: `family:variant@weights`.
         actors: size of the pool.
-        num_gpus: GPUs an actor takes; a fraction lets several share one, 0 runs on CPUs.
+        num_gpus: GPUs an actor takes; a fraction lets several share one, 0 runs on CPUs. `auto`
+            takes the fraction whose memory the model was measured to need, or CPUs where the
+            cluster has no GPU.
+        batch: images or queries of one forward pass, at most `encode_block`; 0 is measured once.
+            Fixed at the store's first run of the model.
+        precision: bf16 and fp16 run the model under autocast; `auto` is fp32 on CPUs, bf16 or else
+            fp16 on GPUs. Fixed at the store's first run of the model.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
@@ -63,7 +70,9 @@ class ModelConfig:
     name: str
     id: str
     actors: int = 1
-    num_gpus: float = 0.0
+    num_gpus: float | Literal["auto"] = 0.0
+    batch: int = 0
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,8 @@ class PrecomputeConfig:
         dataset: what is searched.
         models: the sub-models, one actor pool each.
         store: folder or pyarrow filesystem URI.
-        encode_block: images or queries encoded at once; fixed at the store's first run.
+        encode_block: images or queries decoded, encoded and committed together; fixed at the
+            store's first run.
         tile_queries: rows of a tile; fixed at the store's first run.
         tile_candidates: columns of a tile; fixed at the store's first run.
         score_type: float16 halves the store and makes ties; fixed at the store's first run.
@@ -103,8 +113,10 @@ class PrecomputeConfig:
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} must be at least 1")
         for model in self.models:
-            if model.actors < 1 or model.num_gpus < 0:
+            if model.actors < 1 or (model.num_gpus != "auto" and model.num_gpus < 0):
                 raise ConfigError(f"models: {model.name} needs actors >= 1 and num_gpus >= 0")
+            if model.batch < 0:
+                raise ConfigError(f"models: {model.name} needs batch >= 0")
 
 
 STATIC_FUSIONS = (

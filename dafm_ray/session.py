@@ -71,6 +71,13 @@ def available_cpus() -> float:
     return float(ray.cluster_resources().get("CPU", 1))
 
 
+def available_gpus() -> float:
+    """GPUs of the whole cluster."""
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0))
+
+
 def quiet_data() -> None:
     """Turn off Ray Data's own progress bars; the caller shows one of its own."""
     import logging

@@ -23,19 +23,33 @@ from dafm_ray.models.registry import load_model
 from dafm_ray.report.evaluate import Evaluation, evaluate
 from dafm_ray.tiles.precompute import precompute
 
-STAGES = ("clip4cir_sum", "clip4cir_combiner")
+STAGES = {
+    "blip4cir_towers": (),
+    "blip4cir": ("model=blip4cir:stage1@{out}/blip4cir_towers/weights.safetensors",),
+    "sprc": ("scratch.vision={out}/blip4cir/weights.safetensors",),
+    "tgcir": (),
+    "clip4cir_sum": (),
+}
+"""Trainings in their order, and where one takes up what another has learnt."""
+
 SHIPPED = "package://dafm_ray.demo/weights"
+BATCH = 64
 
 
 def demo_models(weights: str = SHIPPED) -> tuple[ModelConfig, ...]:
-    """The sub-models of the demo; the single-modality ones use the towers of the sum model."""
-    combined, combiner = (f"{weights}/{stage}.safetensors" for stage in STAGES)
-    return (
-        ModelConfig("clip4cir-sum", f"clip4cir:sum@{combined}"),
-        ModelConfig("clip4cir-combiner", f"clip4cir:combiner@{combiner}"),
-        ModelConfig("image-only", f"zeroshot:image@{combined}"),
-        ModelConfig("text-only", f"zeroshot:text@{combined}"),
-    )
+    """The sub-models of the demo; the single-modality ones use the towers of CLIP4CIR.
+
+    Their batch is fixed, so that features do not depend on how fast a machine is.
+    """
+    ids = {
+        "clip4cir-sum": f"clip4cir:sum@{weights}/clip4cir_sum.safetensors",
+        "tgcir": f"tgcir:base@{weights}/tgcir.safetensors",
+        "blip4cir": f"blip4cir:stage1@{weights}/blip4cir.safetensors",
+        "sprc": f"sprc:base@{weights}/sprc.safetensors",
+        "image-only": f"zeroshot:image@{weights}/clip4cir_sum.safetensors",
+        "text-only": f"zeroshot:text@{weights}/clip4cir_sum.safetensors",
+    }
+    return tuple(ModelConfig(name, id, batch=BATCH) for name, id in ids.items())
 
 
 def run_demo(out: Path, from_scratch: bool, say: Callable[[str], None]) -> Evaluation:
@@ -74,10 +88,11 @@ def train_demo_weights(out: Path, say: Callable[[str], None]) -> Path:
     """
     folder = out / "weights"
     folder.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES:
+    for stage, starts in STAGES.items():
         say(f"training {stage}")
         file = importlib.resources.files("dafm_ray.demo") / f"{stage}.yaml"
-        config = load_config(FinetuneConfig, str(file), [f"out={out / stage}"])
+        taken_up = [start.format(out=out) for start in starts]
+        config = load_config(FinetuneConfig, str(file), [f"out={out / stage}", *taken_up])
         family, _, _ = config.model.partition("@")
         trained = load_model(f"{family}@{finetune(config)}")
         save_weights(trained, folder / f"{stage}.safetensors", torch.float16)

@@ -96,6 +96,11 @@ class FrozenModel(ABC):
     module: nn.Module
 
     @property
+    def parameters(self) -> int:
+        """How many weights there are."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    @property
     def uses_reference(self) -> bool:
         """Whether queries need their reference image; text-only models say False."""
         return True

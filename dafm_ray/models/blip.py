@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from dafm_ray.errors import DataError
 from dafm_ray.models.checkpoints import load_strictly
+from dafm_ray.models.initialisation import spread
 from dafm_ray.models.renaming import VISION_TRANSFORMER, Rule, layers_below, rename
 from dafm_ray.models.torchvision_ops import make_torchvision_importable
-
-INITIAL = 0.02
-"""Standard deviation of new weights; transformers' own 1e-10 leaves a new tower constant."""
 
 HEAD_WIDTH = 64
 """Of published sizes; no state dict says how many heads there are."""
@@ -77,7 +75,7 @@ class BlipTowers(nn.Module):
             image_size=sizes.image_size,
             patch_size=sizes.patch_size,
             layer_norm_eps=1e-6,
-            initializer_range=INITIAL,
+            initializer_range=spread(sizes.vision_width),
         )
         text = BlipTextConfig(
             vocab_size=sizes.vocab_size,
@@ -88,6 +86,7 @@ class BlipTowers(nn.Module):
             num_attention_heads=sizes.text_heads,
             max_position_embeddings=sizes.text_positions,
             layer_norm_eps=1e-12,
+            initializer_range=spread(sizes.text_width),
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
             is_decoder=True,  # builds the cross-attention

@@ -21,7 +21,8 @@ from dafm_ray.models.blip import (
 )
 from dafm_ray.models.captions import join_capitalised
 from dafm_ray.models.checkpoints import Checkpoint, load_strictly, read_checkpoint
-from dafm_ray.models.clip4cir import Combiner, combiner_of, seeded
+from dafm_ray.models.clip4cir import Combiner, combiner_of
+from dafm_ray.models.initialisation import seeded
 from dafm_ray.models.preprocess import target_pad, to_tensor
 from dafm_ray.models.wordpieces import ADDED, WordPieces, tiny_vocabulary, words_in
 
@@ -30,6 +31,9 @@ FORWARD = "[FORWARD]"
 
 BI_MAX_LENGTH, LONGEST = 77, 512
 """Tokens of a text in Bi-BLIP4CIR, and in any BERT."""
+
+COMBINER = (2560, 5120)
+"""Projection and hidden width of Bi-BLIP4CIR's published Combiner."""
 
 
 class BlipWeights(nn.Module):
@@ -176,9 +180,7 @@ class BiBlip4Cir(BlipModel):
         random = random_towers(model_id.weights)
         if random is not None:
             width = random[1].embed_dim
-            combiner = (
-                seeded(0, lambda: Combiner(width, 4 * width, 8 * width)) if combined else None
-            )
+            combiner = seeded(0, lambda: Combiner(width, *COMBINER)) if combined else None
             return cls(BlipWeights(random[0], combiner), random[1], model_id.variant, random[2])
         checkpoint = read_checkpoint(model_id.weights)
         if "sizes" in checkpoint.metadata:

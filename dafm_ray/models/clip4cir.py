@@ -1,7 +1,7 @@
 """CLIP4CIR (Baldrati et al., CVPRW 2022 and CVPR 2022): sum of fine-tuned towers, or a Combiner."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from dafm_ray.models.clip_towers import (
     tokenize,
     vocabulary_of,
 )
+from dafm_ray.models.initialisation import seeded
 from dafm_ray.models.preprocess import target_pad, to_tensor
 
 
@@ -217,13 +218,3 @@ def combiner_of(checkpoint: Checkpoint) -> Combiner:
         combiner = Combiner(width, tensors["text_projection_layer.weight"].shape[0], hidden)
     load_strictly(combiner, tensors, checkpoint.where)
     return combiner
-
-
-Built = TypeVar("Built")
-
-
-def seeded(seed: int, build: Callable[[], Built]) -> Built:
-    """Build something random from a seed, leaving torch's generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()

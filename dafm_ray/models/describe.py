@@ -28,17 +28,20 @@ def describe(name: str) -> Iterator[str]:
     yield f"{label}: {_first_paragraph(found)}"
     yield f"weights: {_first_paragraph(found.load)}"
     for variant in variants:
-        with torch.device("meta"):
-            model = found.load(ModelId(label, variant, "random"))
+        try:
+            with torch.device("meta"):
+                model = found.load(ModelId(label, variant, "random"))
+        except ConfigError as error:
+            yield f"{label}:{variant}: {error}"
+            continue
         model.module.eval()
-        parameters = sum(p.numel() for p in model.module.parameters())
         side = _side(model)
         with torch.inference_mode(), torch.device("meta"):
             features = model.encode_gallery(torch.empty(1, 3, side, side))
         shape = " x ".join(str(size) for size in features.shape[1:])
         size = FLOAT_BYTES * features[0].numel()
         yield (
-            f"{label}:{variant}: {parameters / 1e6:,.1f} M parameters, {side} pixels, "
+            f"{label}:{variant}: {model.parameters / 1e6:,.1f} M parameters, {side} pixels, "
             f"{shape} floats ({size:,} bytes) a gallery item"
         )
 
@@ -65,8 +68,8 @@ def check(name: str, weights: str) -> Iterator[str]:
     for what, counts in (("holds", sections), ("types", types)):
         yield f"{what}: " + ", ".join(f"{key} ({n:,} tensors)" for key, n in counts.most_common(8))
     model = load_model(f"{label}:{variants[0]}@{weights}")
-    parameters = sum(p.numel() for p in model.module.parameters())
-    yield f"fits {label}:{variants[0]}: {parameters / 1e6:,.1f} M parameters, {_side(model)} pixels"
+    size = f"{model.parameters / 1e6:,.1f} M parameters, {_side(model)} pixels"
+    yield f"fits {label}:{variants[0]}: {size}"
 
 
 def _named(name: str) -> tuple[type[FrozenModel], tuple[str, ...]]:

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from dafm_ray.errors import DataError
 from dafm_ray.models.checkpoints import load_strictly
+from dafm_ray.models.initialisation import spread
 from dafm_ray.models.renaming import VISION_TRANSFORMER, Rule, layers_below, rename
 from dafm_ray.models.torchvision_ops import make_torchvision_importable
 
 LN_VISION_EPS = 1e-5
-INITIAL = 0.02
-"""Standard deviation of new weights; transformers' own 1e-10 leaves a new tower constant."""
-
 EVA_HEAD_WIDTH, QFORMER_HEAD_WIDTH = 88, 64
 """Of published sizes; no state dict says how many heads there are."""
 
@@ -101,6 +99,7 @@ class QFormer(nn.Module):
             intermediate_size=sizes.hidden,
             max_position_embeddings=sizes.positions,
             layer_norm_eps=1e-12,
+            initializer_range=spread(sizes.width),
             cross_attention_frequency=2,
             encoder_hidden_size=sizes.vision_width,
             use_qformer_text_input=True,
@@ -188,7 +187,7 @@ class PromptedQFormer(nn.Module):
             patch_size=sizes.patch_size,
             layer_norm_eps=1e-6,
             qkv_bias=True,
-            initializer_range=INITIAL,
+            initializer_range=spread(sizes.vision_width),
         )
         self.vision_model = Blip2VisionModel(vision)
         self.vision_model.post_layernorm.eps = LN_VISION_EPS

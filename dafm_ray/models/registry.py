@@ -18,6 +18,7 @@ FAMILIES = {
     "blip4cir": "dafm_ray.models.blip4cir:Blip4Cir",
     "biblip4cir": "dafm_ray.models.blip4cir:BiBlip4Cir",
     "sprc": "dafm_ray.models.sprc:Sprc",
+    "lavis": "dafm_ray.models.lavis:Lavis",
     "zeroshot": "dafm_ray.models.zeroshot:ZeroShot",
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dafm_ray.models.base import Contrast, FrozenModel, ModelId, Terms, scratch_sizes
 from dafm_ray.models.captions import join_capitalised
 from dafm_ray.models.checkpoints import load_strictly, read_checkpoint
-from dafm_ray.models.clip4cir import seeded
+from dafm_ray.models.initialisation import seeded
 from dafm_ray.models.preprocess import target_pad, to_tensor
 from dafm_ray.models.qformer import (
     EVA_G,
@@ -77,13 +77,19 @@ class Sprc(FrozenModel):
         captions: Sequence[Sequence[str]],
         seed: int,
     ) -> Self:
-        """`scratch` holds `towers` (fields of `QFormerSizes` but `vocab_size`)."""
+        """`scratch` holds `towers` (fields of `QFormerSizes` but `vocab_size`) and, if the vision
+        tower shall not start from nothing, `vision`: a weights file of BLIP or BLIP-2 training.
+        """
         if model_id.weights != "scratch":
             return cls.load(model_id)
         words = words_in([text for texts in captions for text in texts])
         vocab_size = len(words) + len(ADDED)
         sizes = scratch_sizes(QFormerSizes, scratch, vocab_size)
         module = seeded(seed, lambda: PromptedQFormer(sizes, model_id.variant == "spn"))
+        if "vision" in scratch:
+            learnt = read_checkpoint(scratch["vision"])
+            tower = learnt.section("towers.vision_model", "vision_model")
+            load_strictly(module.vision_model, tower, learnt.where)
         return cls(module, sizes, model_id.variant, WordPieces(words))
 
     def header(self) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dafm_ray.models.base import Contrast, FrozenModel, ModelId, Terms, scratch_sizes
 from dafm_ray.models.captions import join_plain
 from dafm_ray.models.checkpoints import load_strictly, read_checkpoint
-from dafm_ray.models.clip4cir import seeded
 from dafm_ray.models.clip_towers import (
     SIZE_BUFFERS,
     TowerSizes,
@@ -23,6 +22,7 @@ from dafm_ray.models.clip_towers import (
     tokenize,
     vocabulary_of,
 )
+from dafm_ray.models.initialisation import seeded
 from dafm_ray.models.preprocess import no_pad, to_tensor
 
 GLOBAL, LOCAL = 4, 8

@@ -9,8 +9,6 @@ themselves stay unavailable, and nothing here calls them.
 import sys
 from typing import Any
 
-_keep_alive: list[Any] = []
-
 
 def make_torchvision_importable() -> None:
     """Import torchvision, defining its operator schemas first where its own library is missing.
@@ -29,5 +27,6 @@ def make_torchvision_importable() -> None:
         library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _keep_alive.append(library)
-        import torchvision  # noqa: F401
+        import torchvision
+
+        torchvision.schemas = library  # they last as long as this object

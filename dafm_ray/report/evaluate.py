@@ -16,6 +16,7 @@ from dafm_ray.datasets.base import Query, digest
 from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import ConfigError, DafmError, DataError, refusals
 from dafm_ray.evaluation.metrics import UNRANKED
+from dafm_ray.evaluation.overlap import overlap
 from dafm_ray.evaluation.protocols import HEADLINE, protocol
 from dafm_ray.evaluation.significance import Bootstrap, compare
 from dafm_ray.evaluation.summary import Summary, SystemRanks
@@ -164,7 +165,13 @@ def _table(
                 },
             )
         )
-    return Table(_caption(manifests, queries), manifests[0].protocol, tuple(rows), best.system.name)
+    return Table(
+        caption=_caption(manifests, queries),
+        protocol=manifests[0].protocol,
+        rows=tuple(rows),
+        baseline=best.system.name,
+        overlap=overlap(HEADLINE, {s.system.name: s.hits(HEADLINE) for s in alone}),
+    )
 
 
 def _caption(manifests: Sequence[Manifest], queries: Sequence[Query]) -> str:
@@ -271,6 +278,7 @@ def _metrics(manifests: Sequence[Manifest], table: Table, config: EvaluateConfig
         ],
         "caption": table.caption,
         "systems": [asdict(row) for row in table.rows],
+        "overlap": asdict(table.overlap),
         "versions": first.versions,
         "config_digest": digest([to_yaml(config)]),
     }

@@ -4,6 +4,7 @@ import csv
 import io
 from dataclasses import dataclass
 
+from dafm_ray.evaluation.overlap import Overlap
 from dafm_ray.evaluation.significance import Paired
 from dafm_ray.markdown import markdown_table
 
@@ -43,12 +44,14 @@ class Table:
         protocol: printed in every row.
         rows: in the order they are shown.
         baseline: the system the win/tie/loss column compares with.
+        overlap: of the single systems' hits.
     """
 
     caption: str
     protocol: str
     rows: tuple[Row, ...]
     baseline: str
+    overlap: Overlap
 
     @property
     def metrics(self) -> tuple[str, ...]:

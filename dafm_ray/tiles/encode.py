@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dafm_ray.config import ModelConfig
 from dafm_ray.datasets.base import Dataset, ImageSource
 from dafm_ray.datasets.images import ImageError
@@ -24,10 +22,8 @@ from dafm_ray.tiles.store import ROLES, Failure, Role, TileStore, feature_key, s
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor
 
-    from dafm_ray.models.base import FrozenModel
-    from dafm_ray.tiles.blocks import Array
+    from dafm_ray.tiles.forward import Forward
 
 DECODE_CPUS = 0.5
 
@@ -94,7 +90,7 @@ def encode(
     Args:
         store: receives the features and the quarantine.
         dataset: opens the images.
-        pools: one a model.
+        pools: one a model, settled.
         shown: counts blocks, once per model.
 
     Raises:
@@ -118,7 +114,7 @@ def encode(
             fn_constructor_kwargs={"store": store, "pool": pool, "last": pool is pools[-1]},
             compute=ray.data.ActorPoolStrategy(size=pool.actors),
             num_cpus=cpus,
-            num_gpus=pool.num_gpus or None,
+            num_gpus=float(pool.num_gpus) or None,
         )
     for row in map(finished, stream.iter_rows()):
         shown.advance(row["blocks"], row["failures"])
@@ -176,14 +172,15 @@ class Encoder:
         self.store = store
         self.pool = pool
         self.last = last
-        self.device = "cuda" if pool.num_gpus else "cpu"
 
     @cached_property
-    def model(self) -> "FrozenModel":
-        """The pool's model on its device."""
-        model = load_model(self.pool.id)
-        model.module.to(self.device)
-        return model
+    def forward(self) -> "Forward":
+        """The pool's model on its device, as the manifest says it encodes."""
+        from dafm_ray.tiles.forward import Forward, device_of
+
+        entry = self.store.manifest.models[self.pool.name]
+        device = device_of(float(self.pool.num_gpus))
+        return Forward(load_model(self.pool.id), device, entry.precision, entry.batch)
 
     def __call__(self, row: Row) -> Row:
         """Commit the block if this model has not; pass the unit on, or a count at the end."""
@@ -192,38 +189,9 @@ class Encoder:
     def _encode(self, row: Row) -> Row:
         unit: Unit = pickle.loads(row["unit"])
         if self.pool.name in unit.todo:
-            features = encode_unit(self.model, unit, self.device)
+            features = self.forward(unit.images, unit.image_index, unit.captions)
             self.store.write(feature_key(self.pool.name, unit.role, unit.block), features)
         if not self.last:
             return {"unit": row["unit"]}
         failed = sum(isinstance(unit.images[index], str) for index in unit.image_index)
         return {"blocks": len(unit.todo), "failures": failed}
-
-
-def encode_unit(model: "FrozenModel", unit: Unit, device: str = "cpu") -> "Array":
-    """(items, ...) float32 features of a unit; NaN where the image is unusable."""
-    import torch
-
-    images_R3HW = _stack(model, unit.images).to(device)
-    with torch.inference_mode():
-        if unit.role == "gallery":
-            encoded = model.encode_gallery(images_R3HW)
-        else:
-            index_B = torch.tensor(unit.image_index, device=device)
-            captions_B = [model.caption(captions) for captions in unit.captions]
-            encoded = model.encode_queries(images_R3HW, index_B, captions_B)
-    features: Array = encoded.float().cpu().numpy()
-    if unit.role == "gallery" or model.uses_reference:
-        unusable = [isinstance(unit.images[index], str) for index in unit.image_index]
-        features[np.array(unusable)] = np.nan
-    return features
-
-
-def _stack(model: "FrozenModel", images: Sequence["Image.Image | str"]) -> "Tensor":
-    """(R, 3, H, W); zeros stand for unusable images, so that a block keeps its shape."""
-    import torch
-    from PIL import Image
-
-    tensors = [None if isinstance(image, str) else model.preprocess(image) for image in images]
-    blank = torch.zeros_like(model.preprocess(Image.new("RGB", (64, 64))))
-    return torch.stack([blank if tensor is None else tensor for tensor in tensors])

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from dafm_ray.config import Precision
 from dafm_ray.datasets.base import ReferencePolicy, digest, title_of
 from dafm_ray.errors import DataError
 
@@ -22,10 +23,19 @@ MADE_ELSEWHERE = "scores"
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One sub-model of a store: its id and the digest of its weights."""
+    """One sub-model of a store.
+
+    Attributes:
+        id: `family:variant@weights`.
+        weights_digest: of the weights' bytes.
+        batch: items of one forward pass; 0 until it is known, and for scores made elsewhere.
+        precision: of the forward passes; `auto` until it is known.
+    """
 
     id: str
     weights_digest: str
+    batch: int = 0
+    precision: Precision = "auto"
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -50,7 +60,7 @@ class Grid:
     """Block shapes; they never change after the first run, so that a resumed store is the same.
 
     Attributes:
-        encode_block: images or queries encoded at once.
+        encode_block: images or queries decoded, encoded and committed together.
         tile_queries: rows of a similarity tile.
         tile_candidates: columns of a similarity tile.
     """

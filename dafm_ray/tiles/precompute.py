@@ -2,12 +2,12 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
-from dafm_ray.config import PrecomputeConfig, to_yaml
+from dafm_ray.config import ModelConfig, PrecomputeConfig, to_yaml
 from dafm_ray.datasets.base import Dataset
 from dafm_ray.datasets.images import ImageError
 from dafm_ray.datasets.registry import load_dataset
@@ -15,10 +15,11 @@ from dafm_ray.models.base import RANDOM
 from dafm_ray.models.checkpoints import weights_digest
 from dafm_ray.models.registry import resolve
 from dafm_ray.progress import StatusWriter, progress
-from dafm_ray.session import ensure_ray, quiet_data
+from dafm_ray.session import available_gpus, ensure_ray, quiet_data
 from dafm_ray.tiles.encode import encode
 from dafm_ray.tiles.lease import writing
 from dafm_ray.tiles.manifest import Grid, ModelEntry
+from dafm_ray.tiles.preflight import settle
 from dafm_ray.tiles.similarity import score_tiles
 from dafm_ray.tiles.storage import Storage, open_storage
 from dafm_ray.tiles.store import ROLES, Failure, Role, TileStore
@@ -55,7 +56,7 @@ def precompute(config: PrecomputeConfig, dataset: Dataset | None = None) -> Outc
     dataset = dataset or load_dataset(config.dataset)
     grid = Grid(config.encode_block, config.tile_queries, config.tile_candidates)
     names = [model.name for model in config.models]
-    models = {model.name: ModelEntry(model.id, _identity(model.id)) for model in config.models}
+    models = {model.name: _entry(model) for model in config.models}
     storage = open_storage(config.store)
     with writing(storage):
         spec = asdict(config.dataset)
@@ -74,8 +75,11 @@ def precompute(config: PrecomputeConfig, dataset: Dataset | None = None) -> Outc
             status = _status_writer(storage)
             ensure_ray()
             quiet_data()
+            pools = [m for m in config.models if not _encoded(store, m.name, done)]
+            with progress("preflight", len(pools), 0, "model", status) as shown:
+                pools = settle(store, pools, available_gpus(), shown)
             with progress("encode", len(keys), features_done, "block", status) as shown:
-                encode(store, dataset, config.models, shown)
+                encode(store, dataset, pools, shown)
             with progress("similarity", len(tiles), tiles_done, "tile", status) as shown:
                 score_tiles(store, names, shown, config.scoring_gpus)
         failures = store.failures()
@@ -87,9 +91,14 @@ def precompute(config: PrecomputeConfig, dataset: Dataset | None = None) -> Outc
     return Outcome(store, missing, failures)
 
 
-def _identity(model_id: str) -> str:
-    weights = resolve(model_id)[1].weights
-    return weights if weights in RANDOM else weights_digest(weights)
+def _entry(model: ModelConfig) -> ModelEntry:
+    weights = resolve(model.id)[1].weights
+    digest = weights if weights in RANDOM else weights_digest(weights)
+    return ModelEntry(model.id, digest, model.batch, model.precision)
+
+
+def _encoded(store: TileStore, model: str, done: Collection[str]) -> bool:
+    return all(key in done for role in ROLES for key in store.feature_keys(model, role))
 
 
 def _retry_quarantined(store: TileStore, dataset: Dataset) -> None:

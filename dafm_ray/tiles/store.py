@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from dafm_ray.config import Precision
 from dafm_ray.datasets.base import Dataset, Query, title_of
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.tiles import blocks
@@ -174,6 +175,13 @@ class TileStore:
                 )
         if self.manifest.models != {**models, **stored}:
             self.manifest = replace(self.manifest, models={**models, **stored})
+            self.storage.write("manifest.json", self.manifest.to_bytes())
+
+    def fix_encoding(self, model: str, batch: int, precision: Precision) -> None:
+        """Say in the manifest how a model encodes, for every later run."""
+        entry = replace(self.manifest.models[model], batch=batch, precision=precision)
+        if entry != self.manifest.models[model]:
+            self.manifest = replace(self.manifest, models={**self.manifest.models, model: entry})
             self.storage.write("manifest.json", self.manifest.to_bytes())
 
     # What is searched

@@ -1,0 +1,97 @@
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dafm_ray.config import DatasetConfig, ModelConfig, PrecomputeConfig
+from dafm_ray.errors import ConfigError
+from dafm_ray.tiles import preflight
+from dafm_ray.tiles.precompute import precompute
+from dafm_ray.tiles.preflight import (
+    UNMEASURED_BATCH,
+    check_gpus,
+    chosen,
+    gpu_share,
+    growing,
+    measure,
+)
+from dafm_ray.tiles.store import TileStore
+from tests.samples import image_folder
+
+POOL = ModelConfig("sum", "clip4cir:sum@random-tiny")
+
+
+@given(st.integers(1, 5000))
+def test_batches_grow_to_the_whole_block(block):
+    sizes = growing(block)
+    assert sizes == sorted(set(sizes))
+    assert (sizes[0], sizes[-1]) == (1, block)
+    assert all(later <= 4 * size for size, later in pairwise(sizes))
+
+
+def test_the_smallest_of_nearly_equal_batches_is_taken():
+    assert chosen({1: 10.0, 4: 30.0, 16: 39.0, 64: 40.0}) == 16
+    assert chosen({1: 10.0, 4: 9.0}) == 1
+    assert chosen({1: 10.0, 4: 20.0}) == 4
+
+
+def test_a_share_of_a_gpu_holds_what_was_measured_and_context():
+    gb = 10**9
+    assert gpu_share(1 * gb, 80 * gb) == 0.05
+    assert gpu_share(10 * gb, 80 * gb) == 0.2
+    assert gpu_share(79 * gb, 80 * gb) == 1.0
+
+
+def test_pools_that_would_wait_for_a_gpu_for_ever_are_refused():
+    pools = [replace(POOL, num_gpus=0.25, actors=3), replace(POOL, name="b", num_gpus=0.25)]
+    check_gpus(pools, 1.0)
+    with pytest.raises(ConfigError, match=r"need 1 GPUs and the cluster has 0"):
+        check_gpus(pools, 0.0)
+
+
+def test_a_measurement_gives_a_batch_within_the_block():
+    found = measure(POOL, 8, "cpu")
+    assert found.batch in growing(8)
+    assert (found.precision, found.num_gpus) == ("fp32", 0.0)
+    assert found.items_per_second > 0
+    assert measure(replace(POOL, batch=99, precision="bf16"), 8, "cpu").batch == 8
+
+
+@pytest.fixture
+def config(tmp_path):
+    root = image_folder(tmp_path / "images", images=9, queries=3)
+    return PrecomputeConfig(
+        DatasetConfig("folder", root=str(root)), (POOL,), str(tmp_path / "store"), encode_block=5
+    )
+
+
+def encoding(store: TileStore) -> tuple[int, str]:
+    entry = TileStore(store.uri).manifest.models["sum"]
+    return entry.batch, entry.precision
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.timeout(150)
+def test_batch_and_precision_are_fixed_at_the_first_run(config, tmp_path, monkeypatch):
+    store = precompute(config).store
+    assert encoding(store) == (min(UNMEASURED_BATCH, 5), "fp32")
+    asked = replace(POOL, num_gpus="auto", batch=2, precision="bf16")
+    other = replace(config, models=(asked,), store=str(tmp_path / "other"))
+    assert encoding(precompute(other).store) == (2, "bf16")
+    store.storage.delete(next(p for p in store.storage.list("records") if "gallery" in p))
+    precompute(replace(config, models=(asked,)))
+    assert encoding(store) == (5, "fp32")
+    monkeypatch.setattr(preflight, "WORTH_IT", 0)
+    measured = precompute(replace(config, store=str(tmp_path / "measured"))).store
+    batch, precision = encoding(measured)
+    assert batch in growing(5)
+    assert precision == "fp32"
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.timeout(60)
+def test_a_pool_asking_for_a_gpu_the_cluster_lacks_is_refused_at_once(config):
+    with pytest.raises(ConfigError, match="the cluster has 0"):
+        precompute(replace(config, models=(replace(POOL, num_gpus=1.0),)))
