@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -192,6 +193,13 @@ class FrozenModel(ABC):
         The dot product of (Q, D) and (N, D), unless a family has another.
         """
         return query_features @ gallery_features.T
+
+
+def unit(features: Tensor) -> Tensor:
+    """(..., D) -> each vector L2-normalised, in float32 under any autocast: half precision would
+    leave lengths that differ by some tenths of a percent, and so the scores.
+    """
+    return F.normalize(features.float(), dim=-1)
 
 
 Sizes = TypeVar("Sizes")

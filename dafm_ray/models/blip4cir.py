@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from dafm_ray.models.base import FrozenModel, ModelId, Terms, scratch_sizes
+from dafm_ray.models.base import ModelId, Terms, scratch_sizes, unit
 from dafm_ray.models.blip import (
     BASE,
     TINY,
@@ -22,8 +20,8 @@ from dafm_ray.models.blip import (
 from dafm_ray.models.captions import join_capitalised
 from dafm_ray.models.checkpoints import Checkpoint, load_strictly, read_checkpoint
 from dafm_ray.models.clip4cir import Combiner, combiner_of
+from dafm_ray.models.families import OnBlip
 from dafm_ray.models.initialisation import seeded
-from dafm_ray.models.preprocess import target_pad, to_tensor
 from dafm_ray.models.wordpieces import ADDED, WordPieces, tiny_vocabulary, words_in
 
 FORWARD = "[FORWARD]"
@@ -45,18 +43,11 @@ class BlipWeights(nn.Module):
         self.Combiner = combiner
 
 
-class BlipModel(FrozenModel):
+class BlipModel(OnBlip):
     """What both families share."""
 
     module: BlipWeights
-
-    def __init__(
-        self, module: BlipWeights, sizes: BlipSizes, variant: str, words: WordPieces
-    ) -> None:
-        self.module = module
-        self.sizes = sizes
-        self.variant = variant
-        self.words = words
+    sizes: BlipSizes
 
     @classmethod
     def start(
@@ -92,22 +83,10 @@ class BlipModel(FrozenModel):
             WordPieces(checkpoint.metadata.get("words")),
         )
 
-    def header(self) -> dict[str, Any]:
-        """What a weights file must say besides its tensors so that it can be built again."""
-        return {"sizes": self.sizes.to_json(), "words": self.words.words}
-
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """TargetPad 1.25, bicubic resize, centre crop, CLIP statistics."""
-        return to_tensor(image, self.sizes.image_size, target_pad)
-
-    def caption(self, captions: Sequence[str]) -> str:
-        """Stripped, the first capitalised, joined with " and "."""
-        return join_capitalised(captions)
-
     def encode_gallery(self, images_B3HW: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D), L2-normalised."""
         towers = self.module.towers
-        return F.normalize(towers.image_features(towers.image_tokens(images_B3HW)), dim=-1)
+        return unit(towers.image_features(towers.image_tokens(images_B3HW)))
 
     def tokens(self, texts_B: Sequence[str], max_length: int = LONGEST) -> tuple[Tensor, Tensor]:
         """(B, T) ids and mask on the model's device."""
@@ -165,7 +144,7 @@ class Blip4Cir(BlipModel):
     def fuse(self, image_tokens_BPW: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Reference tokens and a text that begins with `[ENC]` -> (B, D)."""
         hidden_BTW = self.module.towers.text_hidden(ids_BT, mask_BT, image_tokens_BPW)
-        return F.normalize(self.module.towers.text_proj(hidden_BTW[:, 0]), dim=-1)
+        return unit(self.module.towers.text_proj(hidden_BTW[:, 0]))
 
 
 class BiBlip4Cir(BlipModel):
@@ -229,7 +208,7 @@ class BiBlip4Cir(BlipModel):
         if self.module.Combiner is not None:
             fused: Tensor = self.module.Combiner(image_BD, text_BD)
             return fused
-        return F.normalize(image_BD + text_BD, dim=-1)
+        return unit(image_BD + text_BD)
 
 
 def tagged(text: str, tag: str) -> str:

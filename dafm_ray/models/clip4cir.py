@@ -5,10 +5,9 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from dafm_ray.models.base import RANDOM, FrozenModel, ModelId, scratch_sizes
+from dafm_ray.models.base import RANDOM, ModelId, scratch_sizes, unit
 from dafm_ray.models.captions import join_capitalised
 from dafm_ray.models.checkpoints import Checkpoint, load_strictly, read_checkpoint
 from dafm_ray.models.clip_towers import (
@@ -20,8 +19,8 @@ from dafm_ray.models.clip_towers import (
     tokenize,
     vocabulary_of,
 )
+from dafm_ray.models.families import OnClip, Padded
 from dafm_ray.models.initialisation import seeded
-from dafm_ray.models.preprocess import target_pad, to_tensor
 
 
 class Combiner(nn.Module):
@@ -59,7 +58,7 @@ class Combiner(nn.Module):
         hidden_BH = self.dropout(F.relu(self.combiner_layer(both_B2P)))
         share_B1 = self.dynamic_scalar(both_B2P)
         mixed_BD = share_B1 * text_BD + (1 - share_B1) * image_BD
-        return F.normalize(self.output_layer(hidden_BH) + mixed_BD, dim=-1)
+        return unit(self.output_layer(hidden_BH) + mixed_BD)
 
 
 class ClipPair(nn.Module):
@@ -71,22 +70,11 @@ class ClipPair(nn.Module):
         self.Combiner = combiner
 
 
-class ClipModel(FrozenModel):
-    """What every model on a pair of CLIP towers shares."""
+class ClipModel(Padded, OnClip):
+    """What CLIP4CIR shares with the baselines of one modality."""
 
     module: ClipPair
-
-    def __init__(
-        self,
-        module: ClipPair,
-        sizes: TowerSizes,
-        variant: str,
-        vocabulary: Sequence[int] | None = None,
-    ) -> None:
-        self.module = module
-        self.sizes = sizes
-        self.variant = variant
-        self.vocabulary = vocabulary
+    sizes: TowerSizes
 
     @classmethod
     def load(cls, model_id: ModelId) -> Self:
@@ -116,18 +104,6 @@ class ClipModel(FrozenModel):
             combiner = seeded(seed, lambda: Combiner(width, 4 * width, 8 * width))
         return cls(ClipPair(towers, combiner), sizes, variant, vocabulary)
 
-    def header(self) -> dict[str, Any]:
-        """What a weights file must say besides its tensors so that it can be built again."""
-        return {"sizes": self.sizes.to_json(), "vocabulary": self.vocabulary}
-
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """TargetPad 1.25, bicubic resize, centre crop, CLIP statistics."""
-        return to_tensor(image, self.sizes.image_size, target_pad)
-
-    def caption(self, captions: Sequence[str]) -> str:
-        """Stripped, the first capitalised, joined with " and "."""
-        return join_capitalised(captions)
-
     def encode_images(self, images_B3HW: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D), not normalised."""
         features: Tensor = self.module.CLIP.encode_image(images_B3HW)  # type: ignore[operator]
@@ -146,7 +122,7 @@ class ClipModel(FrozenModel):
 
     def encode_gallery(self, images_B3HW: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D), L2-normalised."""
-        return F.normalize(self.encode_images(images_B3HW), dim=-1)
+        return unit(self.encode_images(images_B3HW))
 
 
 class Clip4Cir(ClipModel):
@@ -193,7 +169,7 @@ class Clip4Cir(ClipModel):
         if self.module.Combiner is not None:
             fused: Tensor = self.module.Combiner(image_BD, text_BD)
             return fused
-        return F.normalize(image_BD + text_BD, dim=-1)
+        return unit(image_BD + text_BD)
 
 
 def towers_of(checkpoint: Checkpoint) -> tuple[nn.Module, TowerSizes]:

@@ -9,14 +9,12 @@ from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from dafm_ray.models.base import Contrast, FrozenModel, ModelId, Terms, scratch_sizes
-from dafm_ray.models.captions import join_capitalised
+from dafm_ray.models.base import Contrast, ModelId, Terms, scratch_sizes, unit
 from dafm_ray.models.checkpoints import load_strictly, read_checkpoint
+from dafm_ray.models.families import OnBlip
 from dafm_ray.models.initialisation import seeded
-from dafm_ray.models.preprocess import target_pad, to_tensor
 from dafm_ray.models.qformer import (
     EVA_G,
     TINY,
@@ -33,20 +31,13 @@ SCORES_AT_ONCE = 1 << 22
 """Dot products held before their maximum is taken, per block of candidates."""
 
 
-class Sprc(FrozenModel):
+class Sprc(OnBlip):
     """`sprc:base`, and `sprc:spn` for files of SPN4CIR's second stage."""
 
     variants = ("base", "spn")
     loss_weights: ClassVar[Mapping[str, float]] = {"itc": 1.0, "rtc": 0.4, "align": 0.4}
     module: PromptedQFormer
-
-    def __init__(
-        self, module: PromptedQFormer, sizes: QFormerSizes, variant: str, words: WordPieces
-    ) -> None:
-        self.module = module
-        self.sizes = sizes
-        self.variant = variant
-        self.words = words
+    sizes: QFormerSizes
 
     @classmethod
     def load(cls, model_id: ModelId) -> Self:
@@ -92,18 +83,6 @@ class Sprc(FrozenModel):
             load_strictly(module.vision_model, tower, learnt.where)
         return cls(module, sizes, model_id.variant, WordPieces(words))
 
-    def header(self) -> dict[str, Any]:
-        """What a weights file must say besides its tensors so that it can be built again."""
-        return {"sizes": self.sizes.to_json(), "words": self.words.words}
-
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """TargetPad 1.25, bicubic resize, centre crop, CLIP statistics."""
-        return to_tensor(image, self.sizes.image_size, target_pad)
-
-    def caption(self, captions: Sequence[str]) -> str:
-        """Stripped, the first capitalised, joined with " and "."""
-        return join_capitalised(captions)
-
     def tokens(self, texts_B: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(B, 32) ids and mask on the model's device."""
         device = self.module.temperature.device
@@ -115,7 +94,7 @@ class Sprc(FrozenModel):
         image_BPV = self.module.image_tokens(images_B3HW)
         queries_BQW = self.module.query_tokens.expand(len(image_BPV), -1, -1)
         hidden_BQW = self.module.fusion.of_image(queries_BQW, image_BPV)
-        return F.normalize(self.module.vision_proj(hidden_BQW), dim=-1)
+        return unit(self.module.vision_proj(hidden_BQW))
 
     def encode_queries(
         self, references_R3HW: Tensor, reference_index_B: Tensor, captions_B: Sequence[str]
@@ -135,7 +114,7 @@ class Sprc(FrozenModel):
         former = self.module.fusion if side is None else side
         project = self.module.text_proj if side is None else side.proj
         hidden_BLW = former.without_image(prompts_BQW, ids_BT, mask_BT)
-        return F.normalize(project(hidden_BLW[:, self.sizes.queries]), dim=-1)
+        return unit(project(hidden_BLW[:, self.sizes.queries]))
 
     def prompts(self, image_BPV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """(B, 32, W): the sentence-level prompts of pass 1."""
@@ -161,7 +140,7 @@ class Sprc(FrozenModel):
         prompts_BQW = self.prompts(image_BPV, ids_BT, mask_BT)
         learnt_BQW = module.prompt_tokens.expand(len(ids_BT), -1, -1)
         hidden_BLW = module.fusion.prompted_text(learnt_BQW, ids_BT, mask_BT)
-        text_BD = F.normalize(module.text_proj(hidden_BLW[:, 0]), dim=-1)
+        text_BD = unit(module.text_proj(hidden_BLW[:, 0]))
         queries = self.read(prompts_BQW, ids_BT, mask_BT)
         drift = F.mse_loss(prompts_BQW.mean(1), learnt_BQW.detach().mean(1))
         return Terms(

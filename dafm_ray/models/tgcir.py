@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dafm_ray.models.base import Contrast, FrozenModel, ModelId, Terms, scratch_sizes
+from dafm_ray.models.base import Contrast, ModelId, Terms, scratch_sizes, unit
 from dafm_ray.models.captions import join_plain
 from dafm_ray.models.checkpoints import load_strictly, read_checkpoint
 from dafm_ray.models.clip_towers import (
@@ -22,6 +22,7 @@ from dafm_ray.models.clip_towers import (
     tokenize,
     vocabulary_of,
 )
+from dafm_ray.models.families import OnClip
 from dafm_ray.models.initialisation import seeded
 from dafm_ray.models.preprocess import no_pad, to_tensor
 
@@ -127,7 +128,7 @@ class TgCirWeights(nn.Module):
         self.loss_T = None if text_side else nn.Parameter(torch.tensor([10.0]))
 
 
-class TgCir(FrozenModel):
+class TgCir(OnClip):
     """`tgcir:base`, and `tgcir:spn` for files of SPN4CIR's second stage."""
 
     variants = ("base", "spn")
@@ -141,18 +142,6 @@ class TgCir(FrozenModel):
         "tau": 0.1,
     }
     module: TgCirWeights
-
-    def __init__(
-        self,
-        module: TgCirWeights,
-        sizes: TowerSizes,
-        variant: str,
-        vocabulary: Sequence[int] | None = None,
-    ) -> None:
-        self.module = module
-        self.sizes = sizes
-        self.variant = variant
-        self.vocabulary = vocabulary
 
     @classmethod
     def load(cls, model_id: ModelId) -> Self:
@@ -189,10 +178,6 @@ class TgCir(FrozenModel):
         module = seeded(seed, lambda: TgCirWeights(sizes, text_side=spn))
         return cls(module, sizes, model_id.variant, vocabulary)
 
-    def header(self) -> dict[str, Any]:
-        """What a weights file must say besides its tensors so that it can be built again."""
-        return {"sizes": self.sizes.to_json(), "vocabulary": self.vocabulary}
-
     def preprocess(self, image: Image.Image) -> Tensor:
         """RGB first, then CLIP's own transform, without padding."""
         return to_tensor(image.convert("RGB"), self.sizes.image_size, no_pad)
@@ -203,7 +188,7 @@ class TgCir(FrozenModel):
 
     def encode_gallery(self, images_B3HW: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D): L2 of the mean of the image's tokens."""
-        return F.normalize(self.module.backbone.image_tokens(images_B3HW).mean(1), dim=-1)
+        return unit(self.module.backbone.image_tokens(images_B3HW).mean(1))
 
     def encode_queries(
         self, references_R3HW: Tensor, reference_index_B: Tensor, captions_B: Sequence[str]
@@ -214,7 +199,7 @@ class TgCir(FrozenModel):
         reference_RKD = self.module.backbone.image_tokens(references_R3HW)
         text_BKD = self.module.backbone.text_tokens(tokens_BT)
         fused_BKD = self.fuse(reference_RKD[reference_index_B], text_BKD)
-        return F.normalize(fused_BKD.mean(1), dim=-1)
+        return unit(fused_BKD.mean(1))
 
     def fuse(self, reference_BKD: Tensor, text_BKD: Tensor) -> Tensor:
         """A share of the reference and the rest of the text, token by token: (B, K, D)."""

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from dafm_ray.models.base import unit
 from dafm_ray.models.clip4cir import ClipModel
 
 
@@ -26,5 +26,5 @@ class ZeroShot(ClipModel):
     ) -> Tensor:
         """(B, D), L2-normalised feature of the one modality."""
         if self.variant == "text":
-            return F.normalize(self.encode_texts(captions_B), dim=-1)
-        return F.normalize(self.encode_images(references_R3HW), dim=-1)[reference_index_B]
+            return unit(self.encode_texts(captions_B))
+        return unit(self.encode_images(references_R3HW))[reference_index_B]

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dafm_ray.config import DatasetConfig, FinetuneConfig
-from dafm_ray.errors import ConfigError
+from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.finetune.trainer import build, save_weights, train
 from dafm_ray.models.registry import load_model
 from tests.samples import image_folder, picture
@@ -114,3 +114,20 @@ def test_weights_of_a_loss_are_the_familys_own(config):
         build(replace(known, loss={"rct": 1.0}))
     with pytest.raises(ConfigError, match="must hold the fields of QFormerSizes"):
         build(replace(known, scratch={"towers": BLIP}))
+
+
+def test_a_trained_model_is_where_another_of_its_towers_starts(config, tmp_path):
+    blip = {**BLIP, "image_size": 56, "patch_size": 14}
+    first = build(replace(config, model="biblip4cir:sum@scratch", scratch={"towers": blip}))
+    file = tmp_path / "towers.safetensors"
+    save_weights(first, file)
+    learnt = first.module.towers.state_dict()
+    attending = build(replace(config, model=f"blip4cir:stage1@{file}")).module.towers.state_dict()
+    assert all(torch.equal(attending[key], learnt[key]) for key in learnt)
+    scratch = {"towers": QFORMER, "vision": str(file)}
+    former = build(replace(config, model="sprc:base@scratch", scratch=scratch)).module
+    for key, tensor in former.vision_model.state_dict().items():
+        assert torch.equal(tensor, learnt[f"vision_model.{key}"])
+    wider = {"towers": {**QFORMER, "vision_hidden": 256}, "vision": str(file)}
+    with pytest.raises(DataError, match="does not fit Blip2VisionModel"):
+        build(replace(config, model="sprc:base@scratch", scratch=wider))

@@ -7,6 +7,8 @@ from dafm_ray.models.registry import load_model
 from tests.samples import picture
 
 MODELS = (
+    "clip4cir:sum",
+    "clip4cir:combiner",
     "tgcir:base",
     "tgcir:spn",
     "blip4cir:stage1",

@@ -57,6 +57,7 @@ def test_half_precision_gives_nearly_the_same_float32_features(name, precision):
         assert rounded.dtype == np.float32
         assert not np.array_equal(exact, rounded)
         assert (exact * rounded).sum(-1).min() > 0.995
+        assert np.allclose(np.linalg.norm(rounded, axis=-1), 1, atol=1e-5)
 
 
 def test_precision_of_a_cpu_is_float32_unless_asked():
