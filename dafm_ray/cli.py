@@ -240,7 +240,9 @@ def _tiles_info(arguments: argparse.Namespace) -> int:
     for name in store.models:
         keys = store.score_keys(name)
         finished = sum(key in done for key in keys)
-        print(f"{name}: {finished} of {len(keys)} tiles, {manifest.models[name].id}")
+        entry = manifest.models[name]
+        encoding = f", {entry.encoding}" if entry.encoding else ""
+        print(f"{name}: {finished} of {len(keys)} tiles, {entry.id}{encoding}")
     print(f"{len(store.failures())} items in quarantine")
     return DONE
 

@@ -115,6 +115,8 @@ class PrecomputeConfig:
         for model in self.models:
             if model.actors < 1 or (model.num_gpus != "auto" and model.num_gpus < 0):
                 raise ConfigError(f"models: {model.name} needs actors >= 1 and num_gpus >= 0")
+            if model.num_gpus != "auto" and model.num_gpus > 1 and model.num_gpus % 1:
+                raise ConfigError(f"models: {model.name}: num_gpus above 1 must be whole")
             if model.batch < 0:
                 raise ConfigError(f"models: {model.name} needs batch >= 0")
 
@@ -197,6 +199,8 @@ class FinetuneConfig:
             do not learn it.
         loss: weights of the terms of a family's loss, where they differ from the published ones.
         shift: random shift of training images, in pixels.
+        identity: every image of the training gallery is a triplet too, whose text is empty and
+            whose target is itself; few triplets then suffice to learn what to keep of a reference.
         workers: Ray Train workers.
         cpus_per_worker: CPUs, and torch threads, of a worker.
         use_gpu: one GPU a worker.
@@ -222,6 +226,7 @@ class FinetuneConfig:
     logit_scale: float = 100.0
     loss: dict[str, float] = field(default_factory=dict)
     shift: int = 0
+    identity: bool = False
     workers: int = 1
     cpus_per_worker: int = 1
     use_gpu: bool = False

@@ -144,7 +144,7 @@ def train(
     Raises:
         DataError: a loss that is no longer a number.
     """
-    triplets = Triplets(load_dataset(config.train), model)
+    triplets = Triplets(load_dataset(config.train), model, config.identity)
     validation = load_dataset(config.validation)
     steps = len(epoch_batches(triplets, config.batch_size, config.seed, 0, rank, config.workers))
     device = str(next(model.module.parameters()).device)

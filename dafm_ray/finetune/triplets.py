@@ -39,29 +39,41 @@ class Triplets(TorchDataset[Item]):
     """(reference, target, caption, target position) of every query with a target.
 
     Decoded images are kept in memory up to `cache_bytes`.
+
+    Args:
+        dataset: whose queries and images.
+        model: preprocesses.
+        identity: add one triplet an image: itself, an empty text, itself.
+        cache_bytes: of decoded images.
     """
 
     def __init__(
-        self, dataset: Dataset, model: FrozenModel, cache_bytes: int = 500_000_000
+        self,
+        dataset: Dataset,
+        model: FrozenModel,
+        identity: bool = False,
+        cache_bytes: int = 500_000_000,
     ) -> None:
         self.dataset = dataset
         self.model = model
         self.queries = [query for query in dataset.queries if query.targets]
         if not self.queries:
             raise DataError(f"{dataset.name}:{dataset.split} has no query with a target")
+        self._triplets = [(q.reference, q.captions, q.targets[0]) for q in self.queries]
+        if identity:
+            self._triplets += [(id, ("",), id) for id in dataset.gallery.ids]
         self._cache: dict[str, Image.Image] = {}
         self._room = cache_bytes
 
     def __len__(self) -> int:
-        return len(self.queries)
+        return len(self._triplets)
 
     def __getitem__(self, index: int) -> Item:
-        query = self.queries[index]
-        target = query.targets[0]
+        reference, captions, target = self._triplets[index]
         return (
-            self.model.preprocess(self._image(query.reference)),
+            self.model.preprocess(self._image(reference)),
             self.model.preprocess(self._image(target)),
-            self.model.caption(query.captions),
+            self.model.caption(captions),
             self.dataset.gallery.position(target),
         )
 

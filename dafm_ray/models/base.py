@@ -88,13 +88,20 @@ class FrozenModel(ABC):
 
     Attributes:
         variants: what may stand after the family's name.
+        runs_here: False where another process computes, on what it takes for itself.
         loss_weights: what a training job may set under `loss`, with the published values.
         module: the weights; moved, frozen and put in evaluation mode by the caller.
     """
 
     variants: ClassVar[tuple[str, ...]]
+    runs_here: ClassVar[bool] = True
     loss_weights: ClassVar[Mapping[str, float]] = {}
     module: nn.Module
+
+    @classmethod
+    def gpus_elsewhere(cls) -> float:
+        """GPUs that the other process of a model takes."""
+        return 0.0
 
     @property
     def parameters(self) -> int:

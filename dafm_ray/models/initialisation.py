@@ -12,7 +12,7 @@ Built = TypeVar("Built")
 def seeded(seed: int, build: Callable[[], Built]) -> Built:
     """Build something random from a seed, leaving torch's generator as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch GPUs too
         return build()
 
 

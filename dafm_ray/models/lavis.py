@@ -8,7 +8,9 @@ is one modality, or the sum of both.
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.models import lavis_actor, torchvision_ops
-from dafm_ray.models.base import FrozenModel, ModelId
+from dafm_ray.models.base import RANDOM, FrozenModel, ModelId
 from dafm_ray.models.checkpoints import Checkpoint, read_checkpoint
 from dafm_ray.models.preprocess import no_pad, to_tensor
 from dafm_ray.models.qformer import QFormerSizes, sizes_of
@@ -35,6 +37,10 @@ GPUS = "DAFM_LAVIS_GPUS"
 
 LONGEST_WORDS = 50
 
+_VERSIONS = (
+    "import platform; from importlib.metadata import version; version('salesforce-lavis'); "
+    "print(platform.python_version(), version('ray'), version('torch'))"
+)
 _SHIPPED = (lavis_actor, torchvision_ops)
 
 
@@ -46,6 +52,7 @@ class Lavis(FrozenModel):
     """
 
     variants = ("text", "image", "sum")
+    runs_here = False
     score = staticmethod(Sprc.score)
 
     def __init__(self, actor: Any, sizes: QFormerSizes, variant: str, parameters: int = 0) -> None:
@@ -54,6 +61,19 @@ class Lavis(FrozenModel):
         self.actor = actor
         self.sizes = sizes
         self.variant = variant
+
+    @classmethod
+    def gpus_elsewhere(cls) -> float:
+        """Of the actor.
+
+        Raises:
+            ConfigError: the environment variable is no number.
+        """
+        asked = os.environ.get(GPUS, "0")
+        try:
+            return float(asked)
+        except ValueError:
+            raise ConfigError(f"{GPUS}={asked} is not a number of GPUs") from None
 
     @property
     def parameters(self) -> int:
@@ -68,7 +88,7 @@ class Lavis(FrozenModel):
     @classmethod
     def load(cls, model_id: ModelId) -> Self:
         """Load BLIP-2's file (key `model`) or SPRC's (key `Blip2QformerCirAlignPrompt`)."""
-        if not Path(model_id.weights.split("+")[0]).is_file():
+        if model_id.weights in RANDOM:
             raise ConfigError(
                 f"{model_id.family} needs a weights file, as in lavis:sum@blip2_pretrained.pth"
             )
@@ -135,16 +155,13 @@ def start_actor(sizes: QFormerSizes, tensors: dict[str, Tensor], words: list[str
     """An actor of `LavisBlip2` in the environment that `DAFM_LAVIS_PYTHON` names.
 
     Raises:
-        ConfigError: it names none, or one of another Python.
+        ConfigError: it names none, or one with another Python, Ray or torch.
     """
-    python = os.environ.get(PYTHON, "")
-    if not Path(python).is_file():
-        raise ConfigError(
-            f"salesforce-lavis runs in an environment of its own: make one as requirements-lavis."
-            f"txt says and set {PYTHON} to its python (now {python or 'not set'})"
-        )
     import ray
 
+    python = os.environ.get(PYTHON, "")
+    gpus = Lavis.gpus_elsewhere()
+    check_environment(python)
     ensure_ray()
     for module in _SHIPPED:
         ray.cloudpickle.register_pickle_by_value(module)
@@ -153,24 +170,48 @@ def start_actor(sizes: QFormerSizes, tensors: dict[str, Tensor], words: list[str
             ray.remote(lavis_actor.LavisBlip2)
             .options(
                 num_cpus=0,  # its caller waits meanwhile, and has one
-                num_gpus=float(os.environ.get(GPUS, "0")),
+                num_gpus=gpus,
                 runtime_env={"py_executable": python},
             )
-            .remote(sizes.to_json(), tensors, words)
+            .remote(sizes.to_json(), tensors, words, "cuda" if gpus else "cpu")
         )
     finally:
         for module in _SHIPPED:
             ray.cloudpickle.unregister_pickle_by_value(module)
 
 
+def check_environment(python: str) -> None:
+    """Whether tensors can pass between the two environments, and salesforce-lavis is in the other.
+
+    Raises:
+        ConfigError: no, and why.
+    """
+    make = f"make one as requirements-lavis.txt says and set {PYTHON} to its python"
+    if not Path(python).is_file():
+        found = python or "not set"
+        raise ConfigError(f"salesforce-lavis runs in an environment of its own: {make} ({found})")
+    asked = subprocess.run([python, "-c", _VERSIONS], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        reason = asked.stderr.strip().splitlines()[-1:]
+        raise ConfigError(f"{python} lacks what `lavis` needs ({', '.join(reason)}): {make}")
+    theirs = asked.stdout.split()
+    ours = [platform.python_version(), version("ray"), version("torch")]
+    if [v.partition("+")[0] for v in theirs] != [v.partition("+")[0] for v in ours]:
+        raise ConfigError(
+            f"{python} has Python, Ray and torch {' '.join(theirs)}, here they are "
+            f"{' '.join(ours)}: {make}"
+        )
+
+
 def _result(reference: Any) -> Any:
     import ray
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayActorError, RayTaskError
 
     try:
         return ray.get(reference)
-    except RayActorError as error:
-        raise ConfigError(
-            f"the environment of {PYTHON} ({os.environ[PYTHON]}) does not run salesforce-lavis "
-            f"under this Ray and Python {platform.python_version()}: {error}"
+    except (RayActorError, RayTaskError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise DataError(
+            f"the class of salesforce-lavis fails: {reason}. Without a network it needs its "
+            "vocabulary, as in weights.pth+vocab.txt"
         ) from None

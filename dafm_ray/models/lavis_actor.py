@@ -16,12 +16,18 @@ class LavisBlip2:
         sizes: fields of `QFormerSizes`.
         tensors: published names.
         words: the vocabulary in order, or None for the published one.
+        device: torch device.
     """
 
     def __init__(
-        self, sizes: Mapping[str, int], tensors: Mapping[str, Any], words: Sequence[str] | None
+        self,
+        sizes: Mapping[str, int],
+        tensors: Mapping[str, Any],
+        words: Sequence[str] | None,
+        device: str,
     ) -> None:
         import tempfile
+        from contextlib import nullcontext
         from functools import partial
         from pathlib import Path
 
@@ -77,7 +83,11 @@ class LavisBlip2:
         kind = type(
             "Blip2",
             (blip2_qformer.Blip2Qformer,),
-            {"init_tokenizer": classmethod(tokenizer), "init_Qformer": classmethod(former)},
+            {
+                "init_tokenizer": classmethod(tokenizer),
+                "init_Qformer": classmethod(former),
+                "maybe_autocast": lambda *unused: nullcontext(),  # fp32 on GPUs too
+            },
         )
         self.model = kind(
             img_size=sizes["image_size"],
@@ -90,7 +100,7 @@ class LavisBlip2:
             {key: value.float() for key, value in tensors.items() if key in known}, strict=False
         )
         self.missing = [key for key in missing if not key.startswith(("Qformer.cls.", "itm_head."))]
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device
         self.model.eval().to(self.device)
 
     def about(self) -> tuple[list[str], int]:

@@ -10,18 +10,19 @@ from PIL import Image
 from torch import Tensor
 
 from dafm_ray.config import Precision
-from dafm_ray.errors import MachineError
+from dafm_ray.errors import DataError, MachineError
 from dafm_ray.models.base import FrozenModel
 from dafm_ray.tiles.blocks import Array
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 GPU_THREADS = 4
-"""Preprocess the next images while a GPU encodes; on a CPU the one thread is busy anyway."""
+"""Preprocess the next batches while a GPU encodes; on a CPU the one thread is busy anyway."""
 
-Map = Callable[
-    [Callable[[Image.Image | str], Tensor], Iterable[Image.Image | str]], Iterable[Tensor]
-]
+Picture = Image.Image | str
+"""A decoded image, or why it is unusable."""
+
+Map = Callable[[Callable[[Picture], Tensor], Iterable[Picture]], Iterable[Tensor]]
 
 
 def device_of(num_gpus: float) -> str:
@@ -46,7 +47,7 @@ def precision_of(asked: Precision, device: str) -> Precision:
         return asked
     if device == "cpu":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 class Forward:
@@ -57,6 +58,9 @@ class Forward:
         device: torch device.
         precision: of the forward passes; features are float32 in any.
         batch: items of one pass.
+
+    Raises:
+        MachineError: the model does not fit the GPU; also when it is called.
     """
 
     def __init__(self, model: FrozenModel, device: str, precision: Precision, batch: int) -> None:
@@ -64,12 +68,15 @@ class Forward:
         self.device = device
         self.precision = precision
         self.batch = batch
-        model.module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if device == "cuda" and precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # convolutions would keep 10 bits
+        with self._memory():
+            model.module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._blank = torch.zeros_like(model.preprocess(Image.new("RGB", (64, 64))))
 
     def __call__(
         self,
-        images: Sequence[Image.Image | str],
+        images: Sequence[Picture],
         image_index: Sequence[int],
         captions: Sequence[Sequence[str]] = (),
     ) -> Array:
@@ -82,7 +89,29 @@ class Forward:
 
         Returns:
             (items, ...) float32; NaN where the image is unusable.
+
+        Raises:
+            DataError: features of a usable image are no numbers.
         """
+        with self._memory():
+            features = self._encode(images, image_index, captions)
+        usable = np.ones(len(image_index), dtype=np.bool_)
+        if not captions or self.model.uses_reference:
+            usable = np.array([not isinstance(images[n], str) for n in image_index])
+        if not np.isfinite(features[usable]).all():
+            raise DataError(
+                f"the model gives features that are no numbers in {self.precision}; "
+                "use precision bf16 or fp32, and check its weights"
+            )
+        features[~usable] = np.nan
+        return features
+
+    def _encode(
+        self,
+        images: Sequence[Picture],
+        image_index: Sequence[int],
+        captions: Sequence[Sequence[str]],
+    ) -> Array:
         texts = [self.model.caption(given) for given in captions]
         prepared: list[Tensor] = []
         parts = []
@@ -101,9 +130,18 @@ class Forward:
                 else:
                     parts.append(self.model.encode_gallery(images_R3HW))
         features: Array = torch.cat(parts).float().cpu().numpy()
-        if not texts or self.model.uses_reference:
-            features[[isinstance(images[n], str) for n in image_index]] = np.nan
         return features
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError:
+            raise MachineError(
+                f"the GPU's memory does not hold this model with a batch of {self.batch}; set a "
+                "smaller batch (a store that has begun keeps its own: give the model another "
+                "name), or let fewer actors share a GPU"
+            ) from None
 
     @contextmanager
     def _mapping(self) -> Iterator[Map]:
@@ -117,7 +155,7 @@ class Forward:
         dtype = AUTOCAST.get(self.precision)
         return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype is not None)
 
-    def _prepare(self, image: Image.Image | str) -> Tensor:
+    def _prepare(self, image: Picture) -> Tensor:
         return self._blank if isinstance(image, str) else self.model.preprocess(image)
 
     def _stack(self, tensors: Sequence[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ class ModelEntry:
     Attributes:
         id: `family:variant@weights`.
         weights_digest: of the weights' bytes.
-        batch: items of one forward pass; 0 until it is known, and for scores made elsewhere.
+        batch: items of one forward pass; 0 until it is measured, and for scores made elsewhere.
         precision: of the forward passes; `auto` until it is known.
     """
 
@@ -41,6 +41,12 @@ class ModelEntry:
     def identity(self) -> tuple[str, str]:
         """`family:variant` and weights: what a store's scores come from, wherever the file lies."""
         return self.id.partition("@")[0], self.weights_digest
+
+    @property
+    def encoding(self) -> str:
+        """How it encodes, in words; empty while that is open, and for scores made elsewhere."""
+        known = self.batch and self.precision != "auto"
+        return f"{self.precision}, batches of {self.batch}" if known else ""
 
     @property
     def is_made_elsewhere(self) -> bool:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from dafm_ray.config import ModelConfig, Precision
-from dafm_ray.errors import ConfigError
-from dafm_ray.models.registry import load_model
+from dafm_ray.errors import ConfigError, MachineError
+from dafm_ray.models.registry import load_model, resolve
 from dafm_ray.progress import Progress
 from dafm_ray.session import Row, explained, finished, one_thread
 from dafm_ray.tiles.forward import Forward, device_of, precision_of
@@ -21,13 +21,17 @@ WORTH_IT = 1000
 """Fewer items are encoded in the time a measurement takes."""
 
 UNMEASURED_BATCH = 16
-STEP = 4
-SLOW_S = 2.0
-"""A pass that takes longer is the last one tried."""
+GROWTH = 4
+PASSES = 4
+"""Batches of one timing: on a GPU the next are preprocessed meanwhile."""
+
+SLOW_S = 4.0
+"""After a timing that takes longer no larger batch is tried; two sizes always are."""
 
 NEAR = 0.95
 """Of the batches this near to the best rate the smallest is taken: it needs the least memory."""
 
+LONG_CAPTION = "word " * 300
 GPU_MARGIN, GPU_CONTEXT_BYTES, GPU_STEP = 1.2, 600_000_000, 0.05
 
 
@@ -38,14 +42,12 @@ class Measured:
     Attributes:
         batch: items of one forward pass.
         precision: `fp32`, `bf16` or `fp16`.
-        num_gpus: share of a GPU whose memory the passes fill; 0 on a CPU.
-        items_per_second: candidates, preprocessing included, one actor; 0 if not measured.
+        num_gpus: of an actor; a measured share holds the memory its passes fill.
     """
 
     batch: int
     precision: Precision
     num_gpus: float = 0.0
-    items_per_second: float = 0.0
 
 
 def settle(
@@ -64,28 +66,38 @@ def settle(
 
     Raises:
         ConfigError: the pools need more GPUs than there are.
-        MachineError: torch cannot use the GPU that Ray gave.
+        MachineError: torch cannot use the GPU that Ray gave, or a model does not fit it.
     """
-    settled = []
+    settled, claimed = [], []
     for pool in pools:
         entry = store.manifest.models[pool.name]
         wanted = replace(pool, batch=entry.batch, precision=entry.precision)
         measured = _needed(wanted, store, cluster_gpus)
         store.fix_encoding(pool.name, measured.batch, measured.precision)
         settled.append(replace(pool, num_gpus=measured.num_gpus))
+        elsewhere = resolve(pool.id)[0].gpus_elsewhere()
+        claimed.append(replace(pool, num_gpus=elsewhere or measured.num_gpus))
         shown.advance()
-    check_gpus(settled, cluster_gpus)
+    check_gpus(claimed, cluster_gpus)
     return settled
 
 
 def _needed(pool: ModelConfig, store: TileStore, cluster_gpus: float) -> Measured:
     block = store.manifest.grid.encode_block
-    small = store.size("gallery") + store.size("queries") < WORTH_IT
+    batch = min(pool.batch, block)
+    if not resolve(pool.id)[0].runs_here:
+        if pool.num_gpus not in (0, "auto") or pool.precision not in ("fp32", "auto"):
+            raise ConfigError(f"{pool.name} runs in another process: num_gpus 0, precision fp32")
+        return Measured(batch or min(UNMEASURED_BATCH, block), "fp32")
     if pool.num_gpus == "auto" and not cluster_gpus:
         pool = replace(pool, num_gpus=0.0)
-    if pool.num_gpus == 0 and (pool.batch or small):
-        batch = min(pool.batch or UNMEASURED_BATCH, block)
-        return Measured(batch, precision_of(pool.precision, "cpu"))
+    if pool.num_gpus == 0:
+        if not batch and store.size("gallery") + store.size("queries") < WORTH_IT:
+            batch = min(UNMEASURED_BATCH, block)
+        if batch:
+            return Measured(batch, precision_of(pool.precision, "cpu"))
+    if pool.num_gpus != "auto" and batch and pool.precision != "auto":
+        return Measured(batch, pool.precision, pool.num_gpus)
     return _measured_remotely(pool, block, cluster_gpus)
 
 
@@ -114,39 +126,44 @@ def measure(pool: ModelConfig, block: int, device: str) -> Measured:
 
     Args:
         pool: a batch that is set is not sized again.
-        block: largest batch.
+        block: largest batch; on a GPU half of it, so that preprocessing and encoding overlap.
         device: torch device.
+
+    Raises:
+        MachineError: not even the smallest batch fits the GPU.
     """
     model = load_model(pool.id)
     precision = precision_of(pool.precision, device)
-    batches = [min(pool.batch, block)] if pool.batch else growing(block)
+    limit = block if device == "cpu" else max(1, block // 2)
+    batches = [min(pool.batch, block)] if pool.batch else growing(limit)
     pixels = np.random.default_rng(0).integers(0, 255, (400, 300, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
     rates: dict[int, float] = {}
     for batch in batches:
-        forward = Forward(model, device, precision, batch)
-        images = [Image.fromarray(pixels)] * batch
-        index = range(batch)
         try:
-            forward(images[:1], [0])  # what runs first also compiles and allocates
+            forward = Forward(model, device, precision, batch)
+            forward([picture] * batch, range(batch))  # what runs first also allocates
+            items = min(PASSES * batch, block)
             started = time.perf_counter()
-            forward(images, index)
+            forward([picture] * items, range(items))
             seconds = time.perf_counter() - started
-            forward(images, index, [("a text",)] * batch)
-        except torch.cuda.OutOfMemoryError:
+        except MachineError:
+            if not rates:
+                raise
             break
-        rates[batch] = batch / seconds
-        if seconds > SLOW_S:
+        rates[batch] = items / seconds
+        if seconds > SLOW_S and len(rates) > 1:
             break
-    if not rates:
-        raise ConfigError(f"{pool.id} does not fit the GPU even with a batch of {batches[0]}")
     batch = chosen(rates)
-    return Measured(batch, precision, _share(forward, images[:batch], device), rates[batch])
+    if device == "cpu":
+        return Measured(batch, precision)
+    return Measured(batch, precision, _share(Forward(model, device, precision, batch), picture))
 
 
-def growing(block: int) -> list[int]:
-    """1, 4, 16, ... and the block itself."""
-    sizes = [STEP**n for n in range(int(math.log(block, STEP)) + 1)]
-    return sorted({size for size in sizes if size < block} | {block})
+def growing(limit: int) -> list[int]:
+    """1, 4, 16, ... and the limit itself."""
+    sizes = [GROWTH**n for n in range(int(math.log(limit, GROWTH)) + 1)]
+    return sorted({size for size in sizes if size < limit} | {limit})
 
 
 def chosen(rates: Mapping[int, float]) -> int:
@@ -155,15 +172,13 @@ def chosen(rates: Mapping[int, float]) -> int:
     return min(batch for batch, rate in rates.items() if rate >= NEAR * best)
 
 
-def _share(forward: Forward, images: Sequence[Image.Image], device: str) -> float:
-    """Share of the GPU that passes of this size fill."""
-    if device == "cpu":
-        return 0.0
+def _share(forward: Forward, picture: Image.Image) -> float:
+    """Share of the GPU that passes over candidates and over queries of long texts fill."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    forward.batch = len(images)
-    forward(images, range(len(images)))
-    forward(images, range(len(images)), [("a text",)] * len(images))
+    images, index = [picture] * forward.batch, range(forward.batch)
+    forward(images, index)
+    forward(images, index, [(LONG_CAPTION,)] * forward.batch)
     total = torch.cuda.get_device_properties(0).total_memory
     return gpu_share(torch.cuda.max_memory_reserved(), total)
 
@@ -178,11 +193,18 @@ def check_gpus(pools: Sequence[ModelConfig], cluster_gpus: float) -> None:
     """All pools run at once; one that waits for a GPU would hang without a word.
 
     Raises:
-        ConfigError: they need more than there are.
+        ConfigError: they do not fit. A share lies on one GPU, so shares are packed, largest first.
     """
-    needed = sum(pool.actors * float(pool.num_gpus) for pool in pools)
-    if needed > cluster_gpus + 1e-6:
-        raise ConfigError(
-            f"the pools need {needed:g} GPUs and the cluster has {cluster_gpus:g}; lower num_gpus "
-            "or actors, or encode fewer models at once"
-        )
+    shares = sorted((float(p.num_gpus) for p in pools for _ in range(p.actors)), reverse=True)
+    free = [1.0] * int(cluster_gpus)
+    for share in shares:
+        whole = max(1, math.ceil(share))
+        rooms = [n for n, room in enumerate(free) if room + 1e-9 >= min(share, 1.0)]
+        if share and len(rooms) < whole:
+            raise ConfigError(
+                f"the pools need {sum(shares):g} GPUs in shares of at most one, and the cluster "
+                f"has {cluster_gpus:g}; lower actors, num_gpus or batch, or encode fewer models "
+                "at once"
+            )
+        for n in rooms[:whole] if share else []:
+            free[n] -= min(share, 1.0)

@@ -25,6 +25,16 @@ def test_a_batch_is_reference_target_and_text(triplets):
     assert batch.target_ids_B[1] == triplets.dataset.gallery.position(query.targets[0])
 
 
+def test_every_image_may_ask_for_itself(triplets):
+    more = Triplets(triplets.dataset, triplets.model, identity=True)
+    assert len(more) == len(triplets) + 20
+    reference, target, caption, position = more[len(triplets) + 7]
+    assert torch.equal(reference, target)
+    assert caption == triplets.model.caption([""])
+    assert position == 7
+    assert more[3][2:] == triplets[3][2:]
+
+
 def test_a_full_cache_changes_nothing(triplets):
     small = Triplets(triplets.dataset, triplets.model, cache_bytes=5000)
     for _ in range(2):

@@ -3,15 +3,16 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dafm_ray.errors import ConfigError
-from dafm_ray.models.base import ModelId
+from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.models.base import ModelId, unit
 from dafm_ray.models.checkpoints import Checkpoint, read_checkpoint
-from dafm_ray.models.lavis import PYTHON, Lavis
+from dafm_ray.models.lavis import GPUS, PYTHON, Lavis, check_environment
 from dafm_ray.models.qformer import load_qformer, sizes_of
 from dafm_ray.models.sprc import AUTHORS_KEY, Sprc
 from dafm_ray.models.wordpieces import WordPieces
@@ -63,9 +64,17 @@ def test_the_original_class_gives_the_golden_numbers_and_those_of_our_own(
     with torch.inference_mode():
         ours = Sprc(module, sizes, "base", WordPieces()).encode_gallery(images)
     assert torch.allclose(ours, features, atol=1e-5)
-    both = original.encode_queries(images, torch.tensor([0, 1, 2, 3]), captions)
-    assert torch.allclose(both.norm(dim=-1), torch.ones(4), atol=1e-5)
-    assert not torch.allclose(both, text_BD, atol=1e-2)
+    image = Lavis(original.actor, original.sizes, "image")
+    reference = torch.tensor([2, 0, 0, 3])
+    image_BD = image.encode_queries(images, reference, captions)
+    assert torch.allclose(image_BD, unit(features.mean(1))[reference], atol=1e-6)
+    both = original.encode_queries(images, reference, captions)
+    assert torch.allclose(both, unit(text_BD + image_BD), atol=1e-6)
+    lacking = {
+        key: t for key, t in checkpoint.tensors.items() if not key.endswith("ln_vision.bias")
+    }
+    with pytest.raises(DataError, match=r"lacks 1 weights: ln_vision.bias"):
+        Lavis.of_checkpoint(replace(checkpoint, tensors=lacking), "sum", HEADS)
 
 
 def test_without_its_environment_there_is_one_clear_message(checkpoint, monkeypatch):
@@ -85,6 +94,28 @@ def test_captions_are_cleaned_as_lavis_does():
     assert len(model.caption(["word " * 90]).split()) == 50
 
 
-def test_lacking_weights_are_named():
-    with pytest.raises(Exception, match="holds no model"):
+def test_files_of_other_models_are_refused():
+    with pytest.raises(DataError, match="holds no model"):
         Lavis.of_checkpoint(Checkpoint({}, {}, "x.pt"), "text")
+
+
+def test_an_environment_without_lavis_is_named():
+    with pytest.raises(ConfigError, match="lacks what `lavis` needs .*salesforce-lavis"):
+        check_environment(sys.executable)
+
+
+def test_its_pins_are_those_of_this_package():
+    def pins(name):
+        lines = (REQUIREMENTS.parent / name).read_text().splitlines()
+        return {line.partition("==")[0]: line for line in lines if "==" in line}
+
+    theirs, ours = pins("requirements-lavis.txt"), pins("constraints.txt")
+    for name in ("ray", "torch", "torchvision", "numpy"):
+        assert theirs[name] == ours[name]
+
+
+def test_gpus_of_the_actor_are_a_number(monkeypatch):
+    assert Lavis.gpus_elsewhere() == 0
+    monkeypatch.setenv(GPUS, "two")
+    with pytest.raises(ConfigError, match="DAFM_LAVIS_GPUS=two"):
+        Lavis.gpus_elsewhere()

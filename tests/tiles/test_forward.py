@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dafm_ray.errors import MachineError
+from dafm_ray.errors import DataError, MachineError
 from dafm_ray.models.registry import load_model
 from dafm_ray.tiles.forward import Forward, device_of, precision_of
 from tests.samples import picture
@@ -58,6 +58,32 @@ def test_half_precision_gives_nearly_the_same_float32_features(name, precision):
         assert not np.array_equal(exact, rounded)
         assert (exact * rounded).sum(-1).min() > 0.995
         assert np.allclose(np.linalg.norm(rounded, axis=-1), 1, atol=1e-5)
+
+
+def test_features_that_are_no_numbers_are_refused():
+    model = forward("clip4cir:sum", "fp16")
+    with torch.no_grad():
+        model.model.module.CLIP.visual.conv1.weight.fill_(7e4)
+    with pytest.raises(DataError, match="no numbers in fp16; use precision bf16"):
+        model(IMAGES, range(5))
+    assert np.isnan(model(["the file is empty"], [0])).all()
+
+
+def test_a_full_gpu_ends_in_one_message(monkeypatch):
+    model = forward("clip4cir:sum", batch=3)
+
+    def full(images):
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(model.model, "encode_gallery", full)
+    with pytest.raises(MachineError, match="with a batch of 3; set a smaller batch"):
+        model(IMAGES, range(5))
+
+
+def test_old_gpus_get_fp16(monkeypatch):
+    emulated = {"including_emulation": True}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **asked: asked == emulated)
+    assert precision_of("auto", "cuda") == "fp16"
 
 
 def test_precision_of_a_cpu_is_float32_unless_asked():
