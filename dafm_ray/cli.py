@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = _add(commands, "demo", _demo, "the whole way on the icons, with a report")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     demo.add_argument(
-        "--from-scratch", action="store_true", help="train the sub-models first (10 to 20 minutes)"
+        "--from-scratch", action="store_true", help="train the sub-models first (about an hour)"
     )
 
     for name, command, text in (

@@ -5,6 +5,7 @@ searched on the val split; the report is on the test split, whose concepts no mo
 """
 
 import importlib.resources
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from dafm_ray.models.registry import load_model
 from dafm_ray.report.evaluate import Evaluation, evaluate
 from dafm_ray.tiles.precompute import precompute
 
+TOWERS = "blip4cir_towers"
 STAGES = {
-    "blip4cir_towers": (),
+    TOWERS: (),
     "blip4cir": ("model=blip4cir:stage1@{out}/blip4cir_towers/weights.safetensors",),
     "sprc": ("scratch.vision={out}/blip4cir/weights.safetensors",),
     "tgcir": (),
@@ -88,12 +90,15 @@ def train_demo_weights(out: Path, say: Callable[[str], None]) -> Path:
     """
     folder = out / "weights"
     folder.mkdir(parents=True, exist_ok=True)
+    cpus = min(2, os.cpu_count() or 1)
     for stage, starts in STAGES.items():
         say(f"training {stage}")
         file = importlib.resources.files("dafm_ray.demo") / f"{stage}.yaml"
         taken_up = [start.format(out=out) for start in starts]
-        config = load_config(FinetuneConfig, str(file), [f"out={out / stage}", *taken_up])
+        overrides = [f"out={out / stage}", f"cpus_per_worker={cpus}", *taken_up]
+        config = load_config(FinetuneConfig, str(file), overrides)
         family, _, _ = config.model.partition("@")
         trained = load_model(f"{family}@{finetune(config)}")
-        save_weights(trained, folder / f"{stage}.safetensors", torch.float16)
+        if stage != TOWERS:
+            save_weights(trained, folder / f"{stage}.safetensors", torch.float16)
     return folder

@@ -100,7 +100,7 @@ def test_files_of_other_models_are_refused():
 
 
 def test_an_environment_without_lavis_is_named():
-    with pytest.raises(ConfigError, match="lacks what `lavis` needs .*salesforce-lavis"):
+    with pytest.raises(ConfigError, match=r"lacks what `lavis` needs .*salesforce-lavis"):
         check_environment(sys.executable)
 
 

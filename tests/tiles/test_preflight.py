@@ -72,7 +72,7 @@ def test_a_measured_share_counts_and_is_kept_from_the_manifest(config, monkeypat
         [settled] = settle(store, [auto], 1.0, shown)
         assert settled.num_gpus == 0.35
         assert encoding(store) == (4, "bf16")
-        with pytest.raises(ConfigError, match="need 1.05 GPUs"):
+        with pytest.raises(ConfigError, match=r"need 1\.05 GPUs"):
             settle(store, [replace(auto, actors=3)], 1.0, shown)
         fixed = replace(POOL, num_gpus=0.5)
         assert settle(store, [fixed], 1.0, shown) == [fixed]
