@@ -1,0 +1,205 @@
+"""LightFusion (DAFM, eq. 2-5): a few hundred weights turn the scores of several models into one.
+
+    X (K, N) -> LightDW: Y = X + project(act(filter(act(expand(X))))) -> s = head . Y
+
+expand, project and head are 1 x 1 convolutions over the models, the filter is depthwise along the
+candidates with width k. At k = 1 the filter and its activation are left out, and the whole
+collapses to s = w.x + v.relu(E x + b) per candidate: no candidate sees another, so the order of the
+gallery cannot matter. A wider filter needs an order: by mean score (`rank`), which keeps that
+property, or the annotation file's (`file`), which is the paper's and leaks where files are ordered
+by content.
+
+Shape letters: B queries, N candidates, K channels (models and further statistics), C hidden width.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dafm_ray.errors import ConfigError
+
+Order = Literal["rank", "file"]
+STATISTICS = 4
+"""Of a query's scores under one model, seen by the gate; see `query_statistics`."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a network is built from.
+
+    Attributes:
+        models: names of the models whose scores come in, one channel each.
+        extras: names of further channels a candidate has, as `hub:MODEL`.
+        width: C.
+        kernel: k, odd.
+        order: of the candidates under a filter; without one it is not read.
+        gate: mix the models by the statistics of a query's scores.
+        seed: of the expansion; a model's weights depend on its name, not on its place.
+    """
+
+    models: tuple[str, ...]
+    extras: tuple[str, ...] = ()
+    width: int = 32
+    kernel: int = 1
+    order: Order = "rank"
+    gate: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        names = [*self.models, *self.extras]
+        if not self.models or len(set(names)) < len(names):
+            raise ConfigError("fusion: name at least one model, and each channel once")
+        if self.width < 1 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise ConfigError("fusion: width must be at least 1, kernel odd and at least 1")
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """All K names."""
+        return (*self.models, *self.extras)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `Shape(**values)` after lists are tuples again."""
+        return asdict(self)
+
+
+class LightFusion(nn.Module):
+    """The network; before training it equals a weighted sum of its channels exactly.
+
+    Args:
+        shape: what it is built from.
+        start: weight of each channel at the start, as convex weights searched before; by default
+            1 / models for scores and 0 for extras, which is mean fusion.
+    """
+
+    def __init__(self, shape: Shape, start: Sequence[float] | None = None) -> None:
+        super().__init__()
+        self.shape = shape
+        channels, width = len(shape.channels), shape.width
+        even = [1 / len(shape.models)] * len(shape.models) + [0.0] * len(shape.extras)
+        self.head = nn.Parameter(torch.tensor(start or even, dtype=torch.float32))
+        if self.head.shape != (channels,):
+            raise ConfigError(f"fusion: {channels} channels need as many starting weights")
+        columns = [_seeded(shape.seed, name, width) for name in shape.channels]
+        self.expand = nn.Parameter(torch.stack(columns, dim=1) / channels**0.5)
+        self.bias = nn.Parameter(_seeded(shape.seed, "bias", width))
+        self.project = nn.Parameter(torch.zeros(channels, width))
+        self.filter = nn.Parameter(_filter(shape)) if shape.kernel > 1 else None
+        self.gate = Gate() if shape.gate else None
+
+    def forward(
+        self,
+        inputs_BNK: Tensor,
+        absent_BN: Tensor | None = None,
+        source_order_N: Tensor | None = None,
+        present_K: Tensor | None = None,
+    ) -> Tensor:
+        """Fuse.
+
+        Args:
+            inputs_BNK: normalised scores and extras, in the order of `shape.channels`.
+            absent_BN: bool, candidates that are masked or that no model scored; what stands for
+                them in `inputs_BNK` is not read.
+            source_order_N: position of each candidate in the annotation file, for `order: file`.
+            present_K: bool, channels that are there; the rest counts as the mean, 0.
+
+        Returns:
+            (B, N) scores; -inf for absent candidates.
+        """
+        if absent_BN is not None:
+            inputs_BNK = inputs_BNK.masked_fill(absent_BN[..., None], 0.0)
+        if present_K is not None:
+            inputs_BNK = inputs_BNK * present_K.to(inputs_BNK.dtype)
+        if self.gate is not None:
+            models = len(self.shape.models)
+            scores_BNM = inputs_BNK[..., :models]
+            gated_BNM = scores_BNM * self.gate(scores_BNM)[:, None]
+            inputs_BNK = torch.cat([gated_BNM, inputs_BNK[..., models:]], dim=-1)
+        hidden_BNC = torch.relu(inputs_BNK @ self.expand.T + self.bias)
+        if self.filter is not None:
+            if absent_BN is not None:
+                hidden_BNC = hidden_BNC.masked_fill(absent_BN[..., None], 0.0)
+            hidden_BNC = self._filtered(hidden_BNC, inputs_BNK, source_order_N)
+        fused_BN = inputs_BNK @ self.head + hidden_BNC @ (self.head @ self.project)
+        return fused_BN if absent_BN is None else fused_BN.masked_fill(absent_BN, -torch.inf)
+
+    def _filtered(
+        self, hidden_BNC: Tensor, inputs_BNK: Tensor, source_order_N: Tensor | None
+    ) -> Tensor:
+        """Depthwise filter along the candidates in their order, then back."""
+        assert self.filter is not None
+        if self.shape.order == "file":
+            if source_order_N is None:
+                raise ConfigError("fusion: order `file` needs the gallery's source order")
+            order_BN = source_order_N.argsort().expand(hidden_BNC.shape[:2])
+        else:
+            mean_BN = inputs_BNK[..., : len(self.shape.models)].mean(-1)
+            order_BN = mean_BN.argsort(dim=1, descending=True, stable=True)
+        index_BNC = order_BN[..., None].expand_as(hidden_BNC)
+        sorted_BCN = hidden_BNC.gather(1, index_BNC).transpose(1, 2)
+        padding = self.shape.kernel // 2
+        mixed_BCN = torch.conv1d(
+            sorted_BCN, self.filter[:, None], padding=padding, groups=self.shape.width
+        )
+        mixed_BNC = torch.relu(mixed_BCN).transpose(1, 2)
+        return torch.zeros_like(hidden_BNC).scatter(1, index_BNC, mixed_BNC)
+
+
+class Gate(nn.Module):
+    """A factor a model and query, from statistics of the query's scores; 1 before training.
+
+    One small network serves every model, so any number of them may come in any order.
+    """
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(2 * STATISTICS, width)
+        self.out = nn.Linear(width, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        with torch.no_grad():
+            count = self.hidden.weight.numel()
+            self.hidden.weight.copy_(_seeded(0, "gate", count).view_as(self.hidden.weight) / 4)
+            self.hidden.bias.zero_()
+
+    def forward(self, scores_BNM: Tensor) -> Tensor:
+        """(B, N, M) z-scores -> (B, M) factors above 0."""
+        own_BMS = query_statistics(scores_BNM)
+        all_BMS = own_BMS.mean(1, keepdim=True).expand_as(own_BMS)
+        hidden_BMW = torch.relu(self.hidden(torch.cat([own_BMS, all_BMS], dim=-1)))
+        factors_BM: Tensor = torch.exp(torch.tanh(self.out(hidden_BMW)[..., 0]))
+        return factors_BM
+
+
+def query_statistics(scores_BNM: Tensor) -> Tensor:
+    """(B, N, M) z-scores -> (B, M, 4): best score, its lead over the second, how even the softmax
+    of the scores is (0 to 1), and the mean correlation with the other models.
+    """
+    count, models = scores_BNM.shape[1:]
+    best_B2M = scores_BNM.topk(min(2, count), dim=1).values
+    lead_BM = best_B2M[:, 0] - best_B2M[:, -1]
+    log_BNM = torch.log_softmax(scores_BNM, dim=1)
+    entropy_BM = -(log_BNM.exp() * log_BNM).sum(1) / math.log(max(count, 2))
+    covariance_BMM = scores_BNM.transpose(1, 2) @ scores_BNM / count
+    variance_BM = covariance_BMM.diagonal(dim1=1, dim2=2)
+    agreement_BM = (covariance_BMM.sum(-1) - variance_BM) / max(models - 1, 1)
+    return torch.stack([best_B2M[:, 0], lead_BM, entropy_BM, agreement_BM], dim=-1)
+
+
+def _seeded(seed: int, name: str, size: int) -> Tensor:
+    """(size,) normal values that depend on the seed and the name alone."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.randn(size, generator=generator)
+
+
+def _filter(shape: Shape) -> Tensor:
+    """(C, k), close to leaving everything as it is."""
+    weights_CK = _seeded(shape.seed, "filter", shape.width * shape.kernel)
+    weights_CK = 0.1 * weights_CK.view(shape.width, shape.kernel)
+    weights_CK[:, shape.kernel // 2] += 1
+    return weights_CK

@@ -1,0 +1,108 @@
+"""The dynamic temperature of the contrastive loss (DAFM, eq. 7), and what mends it.
+
+    tau_t = tau_{t-1} (1 - L_{t-1} / S)
+
+With a positive loss tau can only fall; at L = S it is 0, above it negative. `paper` keeps the
+equation and stops before that. `paper_clamped` bounds the factor and tau. `centred` uses the loss's
+distance from its own running mean, so that tau rises when learning slows, which the paper's prose
+asks for and its equation cannot do.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from dafm_ray.errors import ConfigError, unknown
+
+Mode = Literal["paper", "paper_clamped", "centred", "fixed"]
+LOWEST_FACTOR = 0.5
+BOUNDS = (0.25, 5.0)
+"""Of tau, as multiples of where it started."""
+
+MEMORY = 0.9
+"""Of the running mean of the loss."""
+
+
+@dataclass
+class Temperature:
+    """tau, step by step.
+
+    Attributes:
+        mode: how the loss moves it.
+        start: tau_0, in the units of the scores that are divided by it.
+        scaling: S of eq. 7; a loss moves tau by its share of S.
+        value: tau now.
+        trace: (loss, tau after it) of every step.
+    """
+
+    mode: Mode
+    start: float
+    scaling: float = 500.0
+    value: float = field(init=False)
+    trace: list[tuple[float, float]] = field(default_factory=list)
+    _mean: float | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ConfigError(unknown("temperature mode", self.mode, get_args(Mode)))
+        if self.start <= 0 or self.scaling <= 0:
+            raise ConfigError("temperature: start and scaling must be above 0")
+        self.value = self.start
+
+    def update(self, loss: float) -> float:
+        """Take the loss of a step; returns tau for the next.
+
+        Raises:
+            ConfigError: in mode `paper`, a loss that would bring tau to 0 or below; any loss that
+                is no number.
+        """
+        if not abs(loss) < float("inf"):
+            raise ConfigError(f"the loss is {loss} at tau {self.value:g}; raise tau's start")
+        moved = self.value * self._factor(loss)
+        if self.mode in ("paper_clamped", "centred"):
+            low, high = (bound * self.start for bound in BOUNDS)
+            moved = min(max(moved, low), high)
+        self.value = moved
+        self.trace.append((loss, moved))
+        return moved
+
+    def _factor(self, loss: float) -> float:
+        if self.mode == "fixed":
+            return 1.0
+        if self.mode == "centred":
+            before = loss if self._mean is None else self._mean
+            self._mean = MEMORY * before + (1 - MEMORY) * loss
+            return 1 - (loss - before) / self.scaling
+        factor = 1 - loss / self.scaling
+        if self.mode == "paper_clamped":
+            return min(max(factor, LOWEST_FACTOR), 1.0)
+        if factor <= 0:
+            raise ConfigError(
+                f"a loss of {loss:.4g} is not below the scaling factor {self.scaling:g}: tau would "
+                "become 0 or negative. Raise the scaling factor, or choose mode paper_clamped"
+            )
+        return factor
+
+    def state(self) -> dict[str, object]:
+        """What a resumed training needs."""
+        return {"value": self.value, "trace": list(self.trace), "mean": self._mean}
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Inverse of `state`."""
+        self.value = float(state["value"])  # type: ignore[arg-type]
+        self.trace = [tuple(pair) for pair in state["trace"]]  # type: ignore[attr-defined]
+        self._mean = state["mean"]  # type: ignore[assignment]
+
+
+def in_score_units(raw: float, mean_deviation: float) -> float:
+    """tau stated for raw scores, for scores that were divided by their standard deviation.
+
+    Args:
+        raw: tau for raw scores, as the paper's 0.02 for cosines.
+        mean_deviation: mean over queries and models of the raw scores' standard deviation.
+
+    Raises:
+        ConfigError: scores without spread.
+    """
+    if mean_deviation <= 0:
+        raise ConfigError("all scores of a query are equal; there is nothing to learn from")
+    return raw / mean_deviation
