@@ -152,7 +152,7 @@ def _decode(unit: Unit, source: ImageSource, store: TileStore) -> Row:
     ]
     if failures:
         store.quarantine(unit.role, unit.block, failures)
-    return {"unit": pickle.dumps(replace(unit, images=images))}
+    return {"unit": pickle.dumps(replace(unit, images=images), pickle.HIGHEST_PROTOCOL)}
 
 
 def _open(source: ImageSource, locator: str) -> "Image.Image | str":
