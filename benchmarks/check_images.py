@@ -12,16 +12,15 @@ from concurrent.futures import ProcessPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import psutil
 from PIL import Image
 
+from benchmarks.pictures import write_jpegs
 from dafm_ray.config import DatasetConfig
 from dafm_ray.datasets.check import check
 from dafm_ray.session import ensure_ray
 
 IMAGES = int(os.environ.get("DAFM_BENCH_IMAGES", "40000"))
-SIZE = (400, 300)
 BARE = 10_000
 CPUS = os.cpu_count() or 1
 
@@ -32,7 +31,7 @@ def run() -> float:
         root = Path(folder)
         chunks = [range(start, min(start + 500, IMAGES)) for start in range(0, IMAGES, 500)]
         with ProcessPoolExecutor(CPUS) as pool:
-            list(pool.map(_write, [root] * len(chunks), chunks))
+            list(pool.map(write_jpegs, [root] * len(chunks), chunks))
             query = '{"id": "q", "reference": "000000.jpg", "text": "x", "target": "000001.jpg"}'
             (root / "queries.jsonl").write_text(query)
             parts = [range(n, min(BARE, IMAGES), CPUS) for n in range(CPUS)]
@@ -50,13 +49,6 @@ def run() -> float:
             f"memory of all processes, peak of each half: {first:.0f} MB, {second:.0f} MB"
         )
         return found.images_per_second / bare
-
-
-def _write(root: Path, numbers: range) -> None:
-    for n in numbers:
-        coarse = np.random.default_rng(n).integers(0, 255, (9, 12, 3), dtype=np.uint8)
-        image = Image.fromarray(coarse).resize(SIZE, Image.Resampling.BICUBIC)
-        image.save(root / f"{n:06d}.jpg", quality=90)
 
 
 def _bare(root: Path, numbers: range) -> None:

@@ -11,10 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.pictures import write_jpegs
 from dafm_ray.config import DatasetConfig, ModelConfig
 from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.models.base import FrozenModel
@@ -29,7 +29,6 @@ FAMILIES = ("clip4cir:sum", "tgcir:base", "blip4cir:stage1", "sprc:base")
 FULL = os.environ.get("DAFM_BENCH_MODELS", "clip4cir:sum,tgcir:base").split(",")
 GPUS = float(os.environ.get("DAFM_BENCH_GPUS", "0"))
 DEVICE = "cuda" if GPUS else "cpu"
-SIZE = (400, 300)
 
 
 def tiny() -> float:
@@ -61,11 +60,8 @@ def _ratio(model_id: str, blocks: int, block: int) -> float:
 
 
 def _images(root: Path, count: int) -> Path:
-    for n in range(count):
-        coarse = np.random.default_rng(n).integers(0, 255, (9, 12, 3), dtype=np.uint8)
-        image = Image.fromarray(coarse).resize(SIZE, Image.Resampling.BICUBIC)
-        image.save(root / f"{n:05d}.jpg", quality=90)
-    (root / "queries.jsonl").write_text('{"id": "q", "reference": "00000.jpg", "text": "x"}')
+    write_jpegs(root, range(count))
+    (root / "queries.jsonl").write_text('{"id": "q", "reference": "000000.jpg", "text": "x"}')
     return root
 
 
