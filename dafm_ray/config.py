@@ -200,7 +200,7 @@ class FinetuneConfig:
         loss: weights of the terms of a family's loss, where they differ from the published ones.
         shift: random shift of training images, in pixels.
         identity: every image of the training gallery is a triplet too, whose text is empty and
-            whose target is itself; few triplets then suffice to learn what to keep of a reference.
+            whose target is itself.
         workers: Ray Train workers.
         cpus_per_worker: CPUs, and torch threads, of a worker.
         use_gpu: one GPU a worker.

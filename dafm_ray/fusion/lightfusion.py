@@ -15,8 +15,8 @@ Shape letters: B queries, N candidates, K channels (models and further statistic
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +61,6 @@ class Shape:
     def channels(self) -> tuple[str, ...]:
         """All K names."""
         return (*self.models, *self.extras)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; `Shape(**values)` after lists are tuples again."""
-        return asdict(self)
 
 
 class LightFusion(nn.Module):

@@ -1,4 +1,4 @@
-"""Random weights: from a seed, and of a spread at which small transformers learn too."""
+"""Random weights: from a seed, and of a spread that suits the width."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def seeded(seed: int, build: Callable[[], Built]) -> Built:
 def spread(width: int) -> float:
     """Standard deviation of new weights of a transformer: BERT's 0.02 at BERT's width of 768.
 
-    A narrower one takes more, so that a layer's output keeps its size; at 0.02 a width of 96 hardly
-    learns. transformers' own 1e-10 for vision towers leaves a new tower constant.
+    A narrower one takes more, so that a layer's output keeps its size. transformers' own 1e-10 for
+    vision towers leaves a new tower constant.
     """
     return 0.02 * math.sqrt(768 / width)

@@ -18,7 +18,7 @@ from dafm_ray.tiles.forward import Forward, device_of, precision_of
 from dafm_ray.tiles.store import TileStore
 
 WORTH_IT = 1000
-"""Fewer items are encoded in the time a measurement takes."""
+"""Items of a store below which no batch is measured on a CPU."""
 
 UNMEASURED_BATCH = 16
 GROWTH = 4
@@ -83,6 +83,7 @@ def settle(
 
 
 def _needed(pool: ModelConfig, store: TileStore, cluster_gpus: float) -> Measured:
+    """What a pool takes; measured only where the manifest and the pool leave it open."""
     block = store.manifest.grid.encode_block
     batch = min(pool.batch, block)
     if not resolve(pool.id)[0].runs_here:
@@ -195,16 +196,16 @@ def check_gpus(pools: Sequence[ModelConfig], cluster_gpus: float) -> None:
     Raises:
         ConfigError: they do not fit. A share lies on one GPU, so shares are packed, largest first.
     """
-    shares = sorted((float(p.num_gpus) for p in pools for _ in range(p.actors)), reverse=True)
+    shares = [float(p.num_gpus) for p in pools if p.num_gpus for _ in range(p.actors)]
     free = [1.0] * int(cluster_gpus)
-    for share in shares:
-        whole = max(1, math.ceil(share))
-        rooms = [n for n, room in enumerate(free) if room + 1e-9 >= min(share, 1.0)]
-        if share and len(rooms) < whole:
+    for share in sorted(shares, reverse=True):
+        on_each = min(share, 1.0)
+        rooms = [n for n, room in enumerate(free) if room + 1e-9 >= on_each]
+        if len(rooms) < math.ceil(share):
             raise ConfigError(
                 f"the pools need {sum(shares):g} GPUs in shares of at most one, and the cluster "
                 f"has {cluster_gpus:g}; lower actors, num_gpus or batch, or encode fewer models "
                 "at once"
             )
-        for n in rooms[:whole] if share else []:
-            free[n] -= min(share, 1.0)
+        for n in rooms[: math.ceil(share)]:
+            free[n] -= on_each
