@@ -10,7 +10,7 @@ from dafm_ray.errors import DafmError, MachineError
 Row = dict[str, Any]
 """A row of a Ray Data pipeline."""
 
-_OBJECT_STORE_BYTES = 1_000_000_000
+_OBJECT_STORE_BYTES = 2_000_000_000
 
 
 def ensure_ray() -> None:

@@ -1,24 +1,25 @@
-"""Encoding on Ray Data: a decode stage on CPUs, then one actor pool a sub-model.
+"""Encoding on Ray Data: a pool that decodes on CPUs, then one actor pool a sub-model.
 
 A row of the pipeline is one encode block (`Unit`). Its images are decoded once, whatever the
 number of sub-models, and pass from pool to pool; each pool preprocesses, encodes and commits its
 own block. A block's shape does not depend on the number of actors, so neither do its features.
 """
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
 
 from dafm_ray.config import ModelConfig
 from dafm_ray.datasets.base import Dataset, ImageSource
 from dafm_ray.datasets.images import ImageError
 from dafm_ray.errors import ConfigError
-from dafm_ray.models.registry import load_model
 from dafm_ray.progress import Progress
-from dafm_ray.session import Row, available_cpus, explained, finished, one_thread
+from dafm_ray.session import available_cpus, one_thread
 from dafm_ray.tiles.store import ROLES, Failure, Role, TileStore, feature_key, spans
+from dafm_ray.tiles.transit import arrived, pack, staged
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from dafm_ray.tiles.forward import Forward
 
 DECODE_CPUS = 0.5
+CPUS_A_DECODER = 4
+
+IN_FLIGHT = 4
+"""Units at hand for an encoder. Ray Data submits every 0.1 s: with its default of 2 one waits."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,13 @@ class Unit:
     captions: tuple[tuple[str, ...], ...]
     todo: tuple[str, ...]
     images: tuple["Image.Image | str", ...] = field(default=(), repr=False)
+
+
+class Encoded(NamedTuple):
+    """What is left of a unit at the end: finished blocks of models, and unusable items."""
+
+    blocks: int
+    failures: int
 
 
 def plan_units(store: TileStore, dataset: Dataset, models: Sequence[str]) -> list[Unit]:
@@ -103,56 +115,71 @@ def encode(
         return
     busy = {model for unit in units for model in unit.todo}
     pools = [pool for pool in pools if pool.name in busy]
-    rows = [{"unit": pickle.dumps(unit)} for unit in units]
-    stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        decode, fn_kwargs={"source": dataset.source, "store": store}, num_cpus=DECODE_CPUS
+    cpus = available_cpus()
+    share = actor_cpus(cpus, pools)
+    one_unit = {"batch_size": 1, "batch_format": "pyarrow"}
+    stream = ray.data.from_arrow([pack(unit) for unit in units]).map_batches(
+        Decoder,
+        fn_constructor_kwargs={"source": dataset.source, "store": store},
+        compute=ray.data.ActorPoolStrategy(size=max(1, int(cpus / CPUS_A_DECODER))),
+        num_cpus=DECODE_CPUS,
+        zero_copy_batch=True,
+        **one_unit,
     )
-    cpus = actor_cpus(available_cpus(), pools)
     for pool in pools:
-        stream = stream.map(
+        stream = stream.map_batches(
             Encoder,
             fn_constructor_kwargs={"store": store, "pool": pool, "last": pool is pools[-1]},
-            compute=ray.data.ActorPoolStrategy(size=pool.actors),
-            num_cpus=cpus,
+            compute=ray.data.ActorPoolStrategy(
+                size=pool.actors, max_tasks_in_flight_per_actor=IN_FLIGHT
+            ),
+            num_cpus=share,
             num_gpus=float(pool.num_gpus) or None,
+            zero_copy_batch=True,
+            **one_unit,
         )
-    for row in map(finished, stream.iter_rows()):
-        shown.advance(row["blocks"], row["failures"])
+    for encoded in map(arrived, stream.iter_batches(**one_unit)):
+        shown.advance(*encoded)
 
 
 def actor_cpus(cpus: float, pools: Sequence[ModelConfig]) -> float:
-    """CPUs an actor may claim so that decoding always finds some; a starved pool hangs silently.
+    """CPUs an encoder may claim so that decoders always find some; a starved pool hangs silently.
 
     Raises:
         ConfigError: too many actors.
     """
     actors = sum(pool.actors for pool in pools)
     budget = cpus - max(1.0, cpus / 4) if cpus >= 2 else cpus - DECODE_CPUS
-    # Hundredths, and never equal to the decode stage's, which Ray Data would then fuse with it.
     share = min(1.0, int(100 * budget / actors) / 100)
     if share <= 0:
         raise ConfigError(
             f"{actors} actors do not fit {cpus:g} CPUs; lower `actors` of the models, "
             "or start Ray with more CPUs"
         )
-    return share - 0.01 if share == DECODE_CPUS else share
+    return share
 
 
-def decode(row: Row, source: ImageSource, store: TileStore) -> Row:
-    """Decode a unit's images and list those that cannot be used."""
-    return explained(lambda: _decode(pickle.loads(row["unit"]), source, store), row)
+class Decoder:
+    """An actor that decodes a unit's images and lists those that cannot be used."""
 
+    def __init__(self, source: ImageSource, store: TileStore) -> None:
+        self.source = source
+        self.store = store
 
-def _decode(unit: Unit, source: ImageSource, store: TileStore) -> Row:
-    images = tuple(_open(source, locator) for locator in unit.locators)
-    failures = [
-        Failure(unit.role, id, reason)
-        for id, index in zip(unit.ids, unit.image_index, strict=True)
-        if isinstance(reason := images[index], str)
-    ]
-    if failures:
-        store.quarantine(unit.role, unit.block, failures)
-    return {"unit": pickle.dumps(replace(unit, images=images), pickle.HIGHEST_PROTOCOL)}
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Pass the unit on with its images."""
+        return staged(self._decode, table)
+
+    def _decode(self, unit: Unit) -> Unit:
+        images = tuple(_open(self.source, locator) for locator in unit.locators)
+        failures = [
+            Failure(unit.role, id, reason)
+            for id, index in zip(unit.ids, unit.image_index, strict=True)
+            if isinstance(reason := images[index], str)
+        ]
+        if failures:
+            self.store.quarantine(unit.role, unit.block, failures)
+        return replace(unit, images=images)
 
 
 def _open(source: ImageSource, locator: str) -> "Image.Image | str":
@@ -176,22 +203,22 @@ class Encoder:
     @cached_property
     def forward(self) -> "Forward":
         """The pool's model on its device, as the manifest says it encodes."""
+        from dafm_ray.models.registry import load_model
         from dafm_ray.tiles.forward import Forward, device_of
 
         entry = self.store.manifest.models[self.pool.name]
         device = device_of(float(self.pool.num_gpus))
         return Forward(load_model(self.pool.id), device, entry.precision, entry.batch)
 
-    def __call__(self, row: Row) -> Row:
+    def __call__(self, table: pa.Table) -> pa.Table:
         """Commit the block if this model has not; pass the unit on, or a count at the end."""
-        return explained(lambda: self._encode(row), row)
+        return staged(self._encode, table)
 
-    def _encode(self, row: Row) -> Row:
-        unit: Unit = pickle.loads(row["unit"])
+    def _encode(self, unit: Unit) -> Unit | Encoded:
         if self.pool.name in unit.todo:
             features = self.forward(unit.images, unit.image_index, unit.captions)
             self.store.write(feature_key(self.pool.name, unit.role, unit.block), features)
         if not self.last:
-            return {"unit": row["unit"]}
+            return unit
         failed = sum(isinstance(unit.images[index], str) for index in unit.image_index)
-        return {"blocks": len(unit.todo), "failures": failed}
+        return Encoded(len(unit.todo), failed)
