@@ -75,6 +75,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--cases", type=int, default=12, help="queries shown with pictures")
 
+    rank = _add(commands, "rank", _rank, "the first candidates of every query, as Parquet")
+    rank.add_argument("store")
+    ranks_by = rank.add_mutually_exclusive_group()
+    ranks_by.add_argument(
+        "--fusion",
+        default="mean@zscore",
+        metavar="NAME",
+        help="a static fusion, or a sub-model; default: mean@zscore",
+    )
+    ranks_by.add_argument(
+        "--tune-on",
+        nargs="+",
+        default=[],
+        metavar="STORE",
+        help="other queries on which to search convex weights",
+    )
+    rank.add_argument("--top", type=int, default=50, metavar="K", help="default: 50")
+    rank.add_argument("--out", required=True, type=Path, metavar="FILE", help="a Parquet file")
+
     data = _group(commands, "data", "data sets")
     check = _add(data, "check", _data_check, "what is wrong, or odd, about a data set")
     check.add_argument("name", help="cirr, fashioniq, icons or folder")
@@ -167,6 +186,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             cases=arguments.cases,
         )
     )
+
+
+def _rank(arguments: argparse.Namespace) -> int:
+    from dafm_ray.fusion.convex import search_convex
+    from dafm_ray.fusion.rankings import system_named, write_rankings
+    from dafm_ray.report.stores import refuse_leaks
+    from dafm_ray.tiles.store import TileStore
+
+    store = TileStore(arguments.store)
+    system = system_named(store, arguments.fusion)
+    if arguments.tune_on:
+        others = [TileStore(uri) for uri in arguments.tune_on]
+        refuse_leaks([store], others)
+        system = search_convex(*others)
+    write_rankings(store, system, arguments.top, arguments.out)
+    print(f"{arguments.out}: {system.name}")
+    return DONE
 
 
 def _data_check(arguments: argparse.Namespace) -> int:

@@ -9,9 +9,7 @@ In pandas: `np.frombuffer(row, dtype)` gives the scores of a query in the order 
 """
 
 import json
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,8 @@ import pyarrow.parquet as pq
 
 from dafm_ray.datasets.base import Draft, Query, digest
 from dafm_ray.datasets.images import NoImages
-from dafm_ray.errors import DataError, refusals
+from dafm_ray.errors import DataError
+from dafm_ray.files import replacing
 from dafm_ray.progress import progress
 from dafm_ray.tiles import blocks
 from dafm_ray.tiles.blocks import Array
@@ -51,7 +50,7 @@ def export(store: TileStore, to: str) -> None:
     digests = {model: blocks.ScoresDigest() for model in store.models}
     plain = [field.name for field in schema if not field.name.startswith(_PREFIX)]
     with (
-        _replacing(Path(to)) as temporary,
+        replacing(Path(to)) as temporary,
         pq.ParquetWriter(
             temporary, schema, compression="NONE", use_dictionary=plain, write_statistics=plain
         ) as writer,
@@ -107,19 +106,6 @@ def _binary(scores_BN: Array) -> pa.Array:
     rows = np.ascontiguousarray(scores_BN)
     kind = pa.binary(rows.shape[1] * rows.dtype.itemsize)
     return pa.FixedSizeBinaryArray.from_buffers(kind, len(rows), [None, pa.py_buffer(rows)])
-
-
-@contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
-    """A temporary file that takes the name of `file` when it is whole."""
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-    with refusals(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

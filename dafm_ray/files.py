@@ -1,0 +1,25 @@
+"""Local files that appear whole or not at all."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dafm_ray.errors import refusals
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary file that takes the name of `file` when it is whole.
+
+    Raises:
+        MachineError: the file cannot be written.
+    """
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    with refusals(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,90 @@
+"""Rankings of all queries under one system, as a Parquet file that other tools read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dafm_ray.errors import ConfigError
+from dafm_ray.evaluation.metrics import Scores
+from dafm_ray.files import replacing
+from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.rank import masked_scores, singles, top_candidates
+from dafm_ray.fusion.static import static_fusion
+from dafm_ray.progress import progress
+from dafm_ray.tiles.store import TileStore
+
+SCHEMA = pa.schema(
+    [
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("candidate", pa.string(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+    ]
+)
+
+
+def system_named(store: TileStore, name: str) -> Fusion:
+    """A sub-model of the store, or a static fusion.
+
+    Raises:
+        ConfigError: neither has that name.
+    """
+    if name in store.models:
+        return singles(store)[store.models.index(name)]
+    try:
+        return static_fusion(name)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; models of the store: {', '.join(store.models)}") from None
+
+
+def write_rankings(store: TileStore, system: Fusion, top: int, file: Path) -> None:
+    """Write the first candidates of every query, a row each, in bounded memory.
+
+    Columns: `query`, `rank` from 1, `candidate`, `score`. Ties stand in the stored order of the
+    gallery. Candidates that are excluded, or that no model scored, are left out.
+
+    Args:
+        store: complete tiles of all its models.
+        system: what ranks.
+        top: candidates a query.
+        file: Parquet; its metadata (keys `dafm_ray.store`, `dafm_ray.system`) says what it is of.
+
+    Raises:
+        ConfigError: top is below 1.
+        DataError: the store is incomplete or damaged.
+        MachineError: the file cannot be written.
+    """
+    if top < 1:
+        raise ConfigError(f"top must be at least 1, not {top}")
+    store.refuse_incomplete()
+    about = {"dafm_ray.store": store.manifest.title, "dafm_ray.system": system.name}
+    with (
+        replacing(file) as temporary,
+        pq.ParquetWriter(temporary, SCHEMA.with_metadata(about)) as writer,
+        progress("rank", store.size("queries"), unit="query") as shown,
+    ):
+        for chunk in masked_scores(store):
+            queries = [query.id for query in store.queries[chunk.rows.start : chunk.rows.stop]]
+            fused_BN = system(chunk.scores_MBN)
+            writer.write_batch(_rows(queries, store.gallery_ids, fused_BN, top))
+            shown.advance(len(chunk.rows))
+
+
+def _rows(
+    queries: Sequence[str], candidates: Sequence[str], fused_BN: Scores, top: int
+) -> pa.RecordBatch:
+    first_BK = top_candidates(fused_BN, top)
+    rows, places = np.nonzero(first_BK >= 0)
+    columns = first_BK[rows, places]
+    return pa.record_batch(
+        [
+            pa.array(queries).take(pa.array(rows)),
+            pa.array(places + 1, pa.int32()),
+            pa.array(candidates).take(pa.array(columns)),
+            pa.array(fused_BN[rows, columns].astype(np.float32)),
+        ],
+        schema=SCHEMA,
+    )
