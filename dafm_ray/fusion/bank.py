@@ -42,14 +42,12 @@ class Bank:
     counts_FMN: Ints
     digest: str
 
-    def without(self, fold: int) -> Scores:
-        """(M, N) float32 hub statistics for the queries of one fold, from all other folds."""
-        others = [f for f in range(len(self.sums_FMN)) if f != fold]
+    def without(self, *folds: int) -> Scores:
+        """(M, N) float32 hub statistics from all folds but some: for the queries of a fold that
+        one, and in training also the fold that is held out.
+        """
+        others = [f for f in range(len(self.sums_FMN)) if f not in folds]
         return self._statistics(others)
-
-    def whole(self) -> Scores:
-        """(M, N) float32 hub statistics for queries that are not in the bank."""
-        return self._statistics(range(len(self.sums_FMN)))
 
     def _statistics(self, folds: Sequence[int]) -> Scores:
         """Sums are added, never subtracted: what a fold holds leaves no trace in another's bank."""

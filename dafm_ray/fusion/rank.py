@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dafm_ray.evaluation.metrics import (
+    Ints,
     Scores,
     TargetRanks,
     columns_of,
@@ -43,14 +44,35 @@ def masked_scores(store: TileStore) -> Iterator[Chunk]:
     for block, rows in enumerate(store.tile_rows):
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
-            chunk = slice(start, start + step)
-            stacked = np.stack([store.scores(model, block, chunk) for model in models])
-            scores_MBN = stacked.astype(np.float32)
-            for row, query in zip(
-                range(len(part)), store.queries[part.start : part.stop], strict=True
-            ):
-                scores_MBN[:, row, [store.positions[id] for id in query.excluded]] = np.nan
-            yield Chunk(part, scores_MBN)
+            yield Chunk(part, _masked(store, block, slice(start, start + step), part))
+
+
+def scores_of(store: TileStore, rows_B: Ints) -> Scores:
+    """Scores of any queries, in the order asked for.
+
+    Args:
+        store: complete tiles of all its models.
+        rows_B: positions of queries in the store.
+
+    Returns:
+        (M, B, N) float32, NaN where a candidate is excluded or was not scored.
+    """
+    scores_MBN = np.empty((len(store.models), len(rows_B), store.size("gallery")), np.float32)
+    step = len(store.tile_rows[0])
+    for block in np.unique(rows_B // step):
+        asked = np.flatnonzero(rows_B // step == block)
+        rows = rows_B[asked]
+        scores_MBN[:, asked] = _masked(store, int(block), rows % step, rows.tolist())
+    return scores_MBN
+
+
+def _masked(store: TileStore, block: int, within: slice | Ints, queries: Sequence[int]) -> Scores:
+    """(M, B, N) float32 scores of some rows of a row of tiles, excluded candidates NaN."""
+    stacked = np.stack([store.scores(model, block, within) for model in store.models])
+    scores_MBN = stacked.astype(np.float32)
+    for row, q in enumerate(queries):
+        scores_MBN[:, row, [store.positions[id] for id in store.queries[q].excluded]] = np.nan
+    return scores_MBN
 
 
 def singles(store: TileStore) -> list[Fusion]:

@@ -298,8 +298,8 @@ class TileStore:
         joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return joined[rows.start - first * step : rows.stop - first * step]
 
-    def scores(self, model: str, query_block: int, rows: slice = slice(None)) -> Array:
-        """(B, N) scores of one row of tiles; without a copy where one tile spans the gallery.
+    def scores(self, model: str, query_block: int, rows: slice | Array = slice(None)) -> Array:
+        """(B, N) scores of one row of tiles; a slice of tiles that span the gallery is no copy.
 
         Args:
             model: short name.

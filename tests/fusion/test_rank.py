@@ -3,7 +3,7 @@ import pytest
 
 from dafm_ray.evaluation.protocols import protocol
 from dafm_ray.fusion import rank
-from dafm_ray.fusion.rank import masked_scores, rank_systems, singles, top_candidates
+from dafm_ray.fusion.rank import masked_scores, rank_systems, scores_of, singles, top_candidates
 from dafm_ray.fusion.static import static_fusion
 from dafm_ray.progress import progress
 from dafm_ray.tiles.manifest import Grid
@@ -33,6 +33,13 @@ def test_chunks_give_every_query_once_with_excluded_candidates_missing(tmp_path,
             wanted[:, excluded] = np.nan
             assert np.array_equal(chunk.scores_MBN[:, row], wanted, equal_nan=True)
     assert seen == list(range(17))
+
+
+def test_scores_of_any_queries_are_those_of_the_chunks(tmp_path, dataset):
+    store = score_store(tmp_path, dataset)
+    whole = np.concatenate([chunk.scores_MBN for chunk in masked_scores(store)], axis=1)
+    rows = np.array([16, 0, 3, 4, 9, 3])
+    assert np.array_equal(scores_of(store, rows), whole[:, rows], equal_nan=True)
 
 
 def test_ranks_do_not_depend_on_tiles_or_chunks(tmp_path, dataset, monkeypatch):
