@@ -4,6 +4,7 @@ An unknown key or a wrong type is an error that names the key and the nearest kn
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -120,6 +121,8 @@ class PrecomputeConfig:
             if model.batch < 0:
                 raise ConfigError(f"models: {model.name} needs batch >= 0")
 
+
+_LARGEST_SEED = 2**31 - 1
 
 STATIC_FUSIONS = (
     "mean@zscore",
@@ -239,10 +242,23 @@ class FinetuneConfig:
             raise ConfigError("workers, cpus_per_worker and patience must be at least 1")
         if self.batch_size < 2 or self.batch_size % self.workers:
             raise ConfigError("batch_size must be at least 2 and a multiple of workers")
-        if self.epochs < 1 or self.learning_rate <= 0:
-            raise ConfigError("epochs must be at least 1 and learning_rate above 0")
-        if self.gradient_clip < 0:
-            raise ConfigError("gradient_clip must be at least 0")
+        if self.epochs < 1:
+            raise ConfigError("epochs must be at least 1")
+        for key in ("learning_rate", "logit_scale"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ConfigError(f"{key} must be a number above 0")
+        numbers = {key: getattr(self, key) for key in ("weight_decay", "gradient_clip")}
+        for key, value in {
+            **numbers,
+            **{f"loss.{term}": w for term, w in self.loss.items()},
+        }.items():
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{key} must be a number of at least 0")
+        if min(self.shift, self.loader_workers, self.seed) < 0 or self.seed > _LARGEST_SEED:
+            raise ConfigError("shift, loader_workers and seed must be at least 0, seed below 2^31")
+        unknown_keys = set(self.scratch) - {"towers", "combiner", "vision"}
+        if unknown_keys:
+            raise ConfigError(f"scratch holds towers, combiner and vision, not {min(unknown_keys)}")
 
 
 def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:

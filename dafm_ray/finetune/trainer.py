@@ -22,10 +22,10 @@ from dafm_ray.errors import ConfigError, DafmError, DataError, refusals, unknown
 from dafm_ray.finetune.losses import in_batch_contrastive
 from dafm_ray.finetune.triplets import Batch, Triplets, epoch_batches, load_batches, shifted
 from dafm_ray.finetune.validation import validation_recall
-from dafm_ray.models.base import Contrast, FrozenModel, ModelId
-from dafm_ray.models.registry import family
+from dafm_ray.models.base import Contrast, FrozenModel
+from dafm_ray.models.registry import resolve
 from dafm_ray.progress import followed, status_line
-from dafm_ray.session import ensure_ray
+from dafm_ray.session import available_cpus, available_gpus, ensure_ray
 
 SELECTION = "R@10"
 STATUS = "status.json"
@@ -99,28 +99,31 @@ def build(config: FinetuneConfig) -> FrozenModel:
     """The model in its starting state; only `config.parts` take gradients.
 
     Raises:
-        ConfigError: `parts` names nothing, or the family cannot be trained.
+        ConfigError: a part that names nothing, or the family cannot be trained.
         DataError: fewer triplets than a batch.
     """
-    model_id = ModelId.parse(config.model)
+    found, model_id = resolve(config.model)
     queries = load_dataset(config.train).queries
     labelled = sum(bool(query.targets) for query in queries)
     if labelled < config.batch_size:
         raise DataError(
             f"{labelled} triplets do not fill one batch of {config.batch_size}; lower batch_size"
         )
-    model = family(model_id.family).start(
-        model_id, config.scratch, [q.captions for q in queries], config.seed
-    )
+    model = found.start(model_id, config.scratch, [q.captions for q in queries], config.seed)
     loss_weights(model, config.loss)
-    learning = 0
+    names = [name for name, _ in model.module.named_parameters()]
+    for part in config.parts:
+        if not any(_is_below(name, (part,)) for name in names):
+            offered = sorted({name.split(".")[0] for name in names})
+            raise ConfigError(f"parts: {part!r} names no parameter; choose among {offered}")
     for name, parameter in model.module.named_parameters():
-        parameter.requires_grad_(name.startswith(config.parts))
-        learning += parameter.requires_grad
-    if not learning:
-        names = sorted({name.split(".")[0] for name, _ in model.module.named_parameters()})
-        raise ConfigError(f"parts {config.parts} name no parameter; choose among {names}")
+        parameter.requires_grad_(_is_below(name, config.parts))
     return model
+
+
+def _is_below(name: str, parts: tuple[str, ...]) -> bool:
+    """Whether a parameter or module is one of the parts or belongs to one; "" is everything."""
+    return any(part in ("", name) or name.startswith(f"{part}.") for part in parts)
 
 
 def train(
@@ -232,7 +235,7 @@ def _learning_mode(model: FrozenModel, parts: tuple[str, ...]) -> None:
     """Training mode where something learns; frozen parts keep their running statistics."""
     model.module.eval()
     for name, part in model.module.named_modules():
-        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in parts) or "" in parts:
+        if _is_below(name, parts):
             part.train()
 
 
@@ -258,8 +261,9 @@ def finetune(config: FinetuneConfig) -> Path:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     start = build(config)
     out = Path(config.out).resolve()
-    _claim(out, config)
     ensure_ray()
+    _refuse_larger(config)
+    _claim(out, config)
     resources = {"CPU": float(config.cpus_per_worker), "GPU": float(config.use_gpu)}
     trainer = TorchTrainer(
         _worker,
@@ -290,6 +294,19 @@ def finetune(config: FinetuneConfig) -> Path:
     save_weights(start, out / "weights.safetensors")
     (out / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     return out / "weights.safetensors"
+
+
+def _refuse_larger(config: FinetuneConfig) -> None:
+    """ConfigError if the workers do not fit the cluster; Ray Train would wait without a word."""
+    for what, needed, there in (
+        ("CPUs", config.workers * config.cpus_per_worker, available_cpus()),
+        ("GPUs", config.workers * config.use_gpu, available_gpus()),
+    ):
+        if needed > there:
+            raise ConfigError(
+                f"{config.workers} workers need {needed} {what}, and the cluster has {there:g}; "
+                "lower workers or cpus_per_worker, or set use_gpu to false"
+            )
 
 
 def _claim(out: Path, config: FinetuneConfig) -> None:

@@ -216,10 +216,17 @@ def scratch_sizes(kind: type[Sizes], scratch: Mapping[str, Any], vocab_size: int
     """Sizes of new towers, from `scratch.towers` of a training job.
 
     Raises:
-        ConfigError: a size is missing or unknown.
+        ConfigError: a size is missing, unknown or not a whole number above 0 (a patch size of 0
+            stands for a convolutional tower).
     """
     try:
-        return kind(**{**scratch["towers"], "vocab_size": vocab_size})
-    except (KeyError, TypeError) as error:
+        towers = dict(scratch["towers"])
+        for key, value in towers.items():
+            several = value if isinstance(value, list) else [value]
+            whole = all(isinstance(one, int) and one >= 0 for one in several)
+            if not whole or (value == 0 and key != "patch_size"):
+                raise TypeError(f"{key} is {value}")
+        return kind(**{**towers, "vocab_size": vocab_size})
+    except (KeyError, TypeError, ValueError) as error:
         fields = f"the fields of {kind.__name__}"
         raise ConfigError(f"scratch.towers must hold {fields}: {error}") from None

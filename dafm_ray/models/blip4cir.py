@@ -72,7 +72,7 @@ class BlipModel(OnBlip):
     @classmethod
     def of_our_own(cls, checkpoint: Checkpoint, variant: str) -> Self:
         """Build from a file that a training job of this package wrote."""
-        sizes = BlipSizes(**checkpoint.metadata["sizes"])
+        sizes = checkpoint.recorded_sizes(BlipSizes)
         towers = BlipTowers(sizes)
         load_strictly(towers, checkpoint.section("towers"), checkpoint.where)
         combiner = combiner_of(checkpoint) if variant == "combiner" else None

@@ -5,15 +5,17 @@ import importlib.resources
 import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dafm_ray.errors import DataError
+
+Sizes = TypeVar("Sizes")
 
 PACKAGE_SCHEME = "package://"
 """`package://some.package/file.safetensors`: weights that ship inside a Python package."""
@@ -58,6 +60,27 @@ class Checkpoint:
             f"(it holds: {', '.join(found_prefixes[:_NAMES_SHOWN])})"
         )
 
+    def recorded_sizes(self, kind: type[Sizes]) -> Sizes:
+        """Sizes that a file of our own records in its header.
+
+        Args:
+            kind: the family's dataclass of sizes.
+
+        Raises:
+            DataError: the file is one of another family, or its header is damaged.
+        """
+        recorded = self.metadata["sizes"]
+        try:
+            known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+            if set(recorded) != known:
+                raise TypeError
+            return kind(**recorded)
+        except (TypeError, ValueError):
+            raise DataError(
+                f"{self.where} records sizes that are not {kind.__name__}; is it a file of another "
+                "family?"
+            ) from None
+
 
 def read_checkpoint(location: str) -> Checkpoint:
     """Read `.safetensors`, `.pt` or `.pth` files; several are joined with `+`. A `.txt` among them
@@ -75,14 +98,14 @@ def read_checkpoint(location: str) -> Checkpoint:
     for part in location.split("+"):
         path = _local_path(part)
         if path.suffix == ".txt":
-            metadata["words"] = path.read_text(encoding="utf-8").splitlines()
+            metadata["words"] = _read_words(path)
             continue
         if path.suffix == ".safetensors":
             read, header = _read_safetensors(path)
             metadata |= header
         else:
             read = _flatten(_read_pickle_free(path))
-        tensors |= read
+        tensors |= _without_wrapper(read)
     return Checkpoint(tensors, metadata, location)
 
 
@@ -113,12 +136,16 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: str) 
         for key in expected
         if key in tensors and tensors[key].shape != expected[key].shape
     ]
+    unusable = [
+        key for key in expected if key in tensors and _unusable(tensors[key], expected[key])
+    ]
     problems = [
         f"{len(keys)} {what} ({', '.join(keys[:_NAMES_SHOWN])})"
         for what, keys in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("of another shape", misshaped),
+            ("without usable numbers", unusable),
         )
         if keys
     ]
@@ -130,12 +157,36 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: str) 
     module.load_state_dict(tensors)
 
 
+def _unusable(given: Tensor, wanted: Tensor) -> bool:
+    """Another kind of number than the model computes with, no data, infinite or not a number."""
+    if given.is_meta or given.is_floating_point() != wanted.is_floating_point():
+        return True
+    return given.is_complex() or not bool(torch.isfinite(given).all())
+
+
+def _without_wrapper(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys without the `module.` that DataParallel puts before each, at whatever depth."""
+    parts = [key.split(".") for key in tensors]
+    for depth in range(min(map(len, parts), default=1) - 1):
+        if all(part[depth] == "module" for part in parts):
+            names = [".".join([*part[:depth], *part[depth + 1 :]]) for part in parts]
+            return dict(zip(names, tensors.values(), strict=True))
+    return tensors
+
+
+def _read_words(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not a vocabulary, a word a line in UTF-8") from None
+
+
 def _local_path(location: str) -> Path:
     if location.startswith(PACKAGE_SCHEME):
         package, _, name = location.removeprefix(PACKAGE_SCHEME).partition("/")
         try:
             path = Path(str(importlib.resources.files(package).joinpath(name)))
-        except ModuleNotFoundError:
+        except (ModuleNotFoundError, ValueError):
             raise DataError(f"{location}: there is no Python package {package!r}") from None
     else:
         path = Path(location.removeprefix("file://"))
@@ -173,7 +224,7 @@ def _read_pickle_free(path: Path) -> Any:
             "Convert it once where you trust it: load it with its own project and "
             "torch.save(model.state_dict(), ...)"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # the unpickler raises whatever a broken file makes it
         raise DataError(f"{path} is not a readable checkpoint: {error}") from None
 
 

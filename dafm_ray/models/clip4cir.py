@@ -176,7 +176,7 @@ def towers_of(checkpoint: Checkpoint) -> tuple[nn.Module, TowerSizes]:
     """Towers from the layouts `CLIP.*` (authors, ours) and `state_dict.clip.*` (SPN4CIR)."""
     tensors = checkpoint.section("CLIP", "state_dict.clip")
     if "sizes" in checkpoint.metadata:
-        sizes = TowerSizes.from_json(checkpoint.metadata["sizes"])
+        sizes = checkpoint.recorded_sizes(TowerSizes)
     else:
         sizes = TowerSizes.from_weights(
             tensors, checkpoint.metadata.get("text_heads"), checkpoint.where

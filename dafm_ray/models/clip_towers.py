@@ -68,13 +68,8 @@ class TowerSizes:
         except KeyError as error:
             raise DataError(f"{where} holds no CLIP weights: {error} is missing") from None
 
-    @staticmethod
-    def from_json(values: Mapping[str, Any]) -> "TowerSizes":
-        """Inverse of `to_json`."""
-        return TowerSizes(**values)
-
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for a weights file's header."""
+        """Plain values, for a weights file's header; see `Checkpoint.recorded_sizes`."""
         return asdict(self)
 
 

@@ -64,11 +64,15 @@ class OnBlip(Padded):
         sizes: of the towers.
         variant: of its family.
         words: its vocabulary.
+
+    Raises:
+        DataError: the vocabulary is another one.
     """
 
     def __init__(
         self, module: nn.Module, sizes: BlipSizes | QFormerSizes, variant: str, words: WordPieces
     ) -> None:
+        words.refuse_unfit(sizes.vocab_size)
         self.module = module
         self.sizes = sizes
         self.variant = variant

@@ -51,7 +51,7 @@ class Sprc(OnBlip):
             return cls(seeded(0, lambda: PromptedQFormer(TINY, spn)), TINY, model_id.variant, words)
         checkpoint = read_checkpoint(model_id.weights)
         if "sizes" in checkpoint.metadata:
-            own = QFormerSizes(**checkpoint.metadata["sizes"])
+            own = checkpoint.recorded_sizes(QFormerSizes)
             module = PromptedQFormer(own, spn)
             load_strictly(module, checkpoint.tensors, checkpoint.where)
             return cls(module, own, model_id.variant, WordPieces(checkpoint.metadata.get("words")))

@@ -155,7 +155,7 @@ class TgCir(OnClip):
         tensors = published(checkpoint.tensors)
         clip = _below(tensors, "backbone.clip.")
         if "sizes" in checkpoint.metadata:
-            sizes = TowerSizes.from_json(checkpoint.metadata["sizes"])
+            sizes = checkpoint.recorded_sizes(TowerSizes)
         else:
             sizes = TowerSizes.from_weights(clip, where=checkpoint.where)
         module = load_tgcir(tensors, sizes, spn, checkpoint.where)

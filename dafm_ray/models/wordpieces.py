@@ -46,6 +46,18 @@ class WordPieces:
     def __init__(self, words: Sequence[str] | None = None) -> None:
         self.words = words
 
+    def refuse_unfit(self, embeddings: int) -> None:
+        """DataError unless a model with so many embeddings can have learned these words."""
+        if self.words is None:
+            return
+        missing = [word for word in SPECIAL if word not in self.words]
+        if missing or not 0 <= embeddings - len(self.words) <= len(ADDED):
+            lacks = f" and lacks {', '.join(missing)}" if missing else ""
+            raise DataError(
+                f"the vocabulary has {len(self.words)} words{lacks}; the weights know "
+                f"{embeddings}, up to {len(ADDED)} of them added. Is it a file of another model?"
+            )
+
     @cached_property
     def _tokenizer(self) -> Any:
         make_torchvision_importable()

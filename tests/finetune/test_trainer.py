@@ -129,7 +129,10 @@ def test_saved_weights_are_a_frozen_model(config, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"parts": ("Decoder",)}, "name no parameter"),
+        ({"parts": ("Decoder",)}, "names no parameter"),
+        ({"parts": ("", "CLI")}, "'CLI' names no parameter"),
+        ({"model": "clip4cir:summ@scratch"}, "offers the variants"),
+        ({"scratch": {"towers": {"embed_dim": -3}}}, "embed_dim is -3"),
         ({"scratch": {}}, "scratch.towers"),
         ({"model": "zeroshot:image@scratch"}, "cannot be trained"),
     ],
@@ -142,8 +145,37 @@ def test_wrong_configurations(config, change, message):
 def test_too_few_triplets_and_a_loss_that_is_no_number(config):
     with pytest.raises(DataError, match="do not fill one batch"):
         build(replace(config, batch_size=32))
-    with pytest.raises(DataError, match="the loss is nan"):
-        run(replace(config, logit_scale=float("nan")))
+    with pytest.raises(DataError, match=r"the loss is (nan|inf)"):
+        run(replace(config, learning_rate=1e30))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": float("nan")}, "learning_rate must be a number above 0"),
+        ({"logit_scale": -5.0}, "logit_scale"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"gradient_clip": float("inf")}, "gradient_clip"),
+        ({"loss": {"itc": -1.0}}, "loss.itc"),
+        ({"loader_workers": -1}, "loader_workers"),
+        ({"seed": 2**40}, "seed"),
+        ({"scratch": {"visionn": "x"}}, "not visionn"),
+    ],
+)
+def test_numbers_no_training_can_use_are_refused(config, change, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(config, **change)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("change", [{"use_gpu": True}, {"cpus_per_worker": 999}])
+def test_workers_that_do_not_fit_the_cluster_are_refused_instead_of_waiting(
+    config, tmp_path, change
+):
+    with pytest.raises(ConfigError, match="the cluster has"):
+        finetune(replace(config, **change))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.timeout(170)

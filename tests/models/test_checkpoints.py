@@ -93,3 +93,65 @@ def test_a_file_may_be_called_random_something(tmp_path, monkeypatch):
 def test_a_package_that_is_not_there():
     with pytest.raises(DataError, match="no Python package 'no_such_package'"):
         read_checkpoint("package://no_such_package/x.pt")
+
+
+def test_a_wrapper_before_every_key_is_taken_off(tmp_path):
+    weights = nn.Linear(2, 1).state_dict()
+    wrapped = {"state_dict": {f"module.{key}": value for key, value in weights.items()}}
+    torch.save(wrapped, tmp_path / "w.pt")
+    assert set(read_checkpoint(str(tmp_path / "w.pt")).tensors) == {
+        "state_dict.weight",
+        "state_dict.bias",
+    }
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.ones(1, 2, dtype=torch.int8),
+        torch.ones(1, 2, dtype=torch.complex64),
+        torch.tensor([[1.0, float("nan")]]),
+        torch.ones(1, 2, device="meta"),
+    ],
+)
+def test_weights_without_usable_numbers_are_named(bad):
+    with pytest.raises(DataError, match=r"1 without usable numbers \(weight\)"):
+        load_strictly(nn.Linear(2, 1), {"weight": bad, "bias": torch.ones(1)}, "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("text.pt", b"hello world"), ("words.txt", b"caf\xe9\n")]
+)
+def test_files_of_another_kind_are_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=name):
+        read_checkpoint(str(tmp_path / name))
+    with pytest.raises(DataError, match="no Python package"):
+        read_checkpoint("package://")
+
+
+OURS = {
+    "clip4cir:sum": "clip4cir_sum",
+    "tgcir:base": "tgcir",
+    "blip4cir:stage1": "blip4cir",
+    "sprc:base": "sprc",
+}
+
+
+@pytest.mark.parametrize("family", OURS)
+@pytest.mark.parametrize("file", OURS.values())
+def test_a_file_of_another_family_is_refused(family, file):
+    model = f"{family}@package://dafm_ray.demo/weights/{file}.safetensors"
+    if OURS[family] == file:
+        load_model(model)
+        return
+    with pytest.raises(DataError):
+        load_model(model)
+
+
+@pytest.mark.parametrize("words", [["[PAD]", "a"], []])
+def test_a_vocabulary_of_another_model_is_refused(golden, tmp_path, words):
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    file = golden / "sprc" / "tuned_clip_arithmetic.pt"
+    with pytest.raises(DataError, match="the vocabulary has"):
+        load_model(f"sprc:base@{file}+{tmp_path / 'vocab.txt'}")

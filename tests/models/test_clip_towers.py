@@ -59,4 +59,4 @@ def test_other_weights_are_refused():
 
 
 def test_sizes_survive_json():
-    assert TowerSizes.from_json(json.loads(json.dumps(TINY.to_json()))) == TINY
+    assert TowerSizes(**json.loads(json.dumps(TINY.to_json()))) == TINY
