@@ -4,11 +4,14 @@ WACV 2024), both on BLIP's towers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
-from dafm_ray.models.base import ModelId, Terms, scratch_sizes, unit
+from dafm_ray.models.base import Contrast, ModelId, Terms, scratch_sizes, unit
 from dafm_ray.models.blip import (
     BASE,
     TINY,
@@ -24,8 +27,8 @@ from dafm_ray.models.families import OnBlip
 from dafm_ray.models.initialisation import seeded
 from dafm_ray.models.wordpieces import ADDED, WordPieces, tiny_vocabulary, words_in
 
-FORWARD = "[FORWARD]"
-"""Bi-BLIP4CIR's tag of a query that goes from reference to target."""
+FORWARD, BACKWARD = "[FORWARD]", "[BACKWARD]"
+"""Bi-BLIP4CIR's tags of a text that leads from reference to target, and the other way."""
 
 BI_MAX_LENGTH, LONGEST = 77, 512
 """Tokens of a text in Bi-BLIP4CIR, and in any BERT."""
@@ -151,6 +154,7 @@ class BiBlip4Cir(BlipModel):
     """`biblip4cir:sum` and `biblip4cir:combiner`: image and text apart, then fused."""
 
     variants = ("sum", "combiner")
+    loss_weights: ClassVar[Mapping[str, float]] = {"reversed": 1.0}
 
     @classmethod
     def load(cls, model_id: ModelId) -> Self:
@@ -197,11 +201,66 @@ class BiBlip4Cir(BlipModel):
         self, references_R3HW: Tensor, reference_index_B: Tensor, captions_B: Sequence[str]
     ) -> Tensor:
         """Sum: L2(image + text). Combiner: its output. (B, D)."""
+        image_RD = self.image_features(references_R3HW)
+        return self.fuse(image_RD[reference_index_B], self.text_features(captions_B))
+
+    def image_features(self, images_B3HW: Tensor) -> Tensor:
+        """(B, D), not normalised."""
         towers = self.module.towers
-        image_RD = towers.image_features(towers.image_tokens(references_R3HW))
+        return towers.image_features(towers.image_tokens(images_B3HW))
+
+    def text_features(self, captions_B: Sequence[str]) -> Tensor:
+        """(B, D), not normalised."""
+        towers = self.module.towers
         ids_BT, mask_BT = self.tokens(captions_B, BI_MAX_LENGTH)
-        text_BD = towers.text_proj(towers.text_hidden(ids_BT, mask_BT, None)[:, 0])
-        return self.fuse(image_RD[reference_index_B], text_BD)
+        features_BD: Tensor = towers.text_proj(towers.text_hidden(ids_BT, mask_BT, None)[:, 0])
+        return features_BD
+
+    def terms(
+        self,
+        references_B3HW: Tensor,
+        captions_B: Sequence[str],
+        targets_B3HW: Tensor,
+        logit_scale: float,
+        weights: Mapping[str, float],
+    ) -> Terms:
+        """In-batch contrast, and the same task backwards among this worker's batch."""
+        references_BD = self.image_features(references_B3HW)
+        targets_BD = self.image_features(targets_B3HW)
+        queries_BD = self.fuse(references_BD, self.text_features(captions_B))
+        contrasts = {"rank": Contrast(1.0, logit_scale, queries_BD, unit(targets_BD))}
+        weight = weights["reversed"]
+        if not weight:
+            return Terms(contrasts)
+        backward_BD = self.text_features(
+            [caption.replace(FORWARD, BACKWARD) for caption in captions_B]
+        )
+        scores_BB = logit_scale * self.reversed_scores(references_BD, backward_BD, targets_BD)
+        own_B = torch.arange(len(scores_BB), device=scores_BB.device)
+        return Terms(contrasts, {"reversed": (weight, F.cross_entropy(scores_BB, own_B))})
+
+    def reversed_scores(
+        self, references_BD: Tensor, backward_BD: Tensor, targets_BD: Tensor
+    ) -> Tensor:
+        """Which target, changed back by a query's text, is the query's reference?
+
+        Args:
+            references_BD: image features, not normalised, as all three.
+            backward_BD: text features under the `[BACKWARD]` tag.
+            targets_BD: image features; without a Combiner they are normalised before the sum.
+
+        Returns:
+            (B, B): row b fuses text b with every target and compares with reference b.
+        """
+        if self.module.Combiner is None:
+            targets_BD = unit(targets_BD)
+
+        def row(reference_D: Tensor, text_D: Tensor) -> Tensor:
+            return self.fuse(targets_BD, text_D.expand_as(targets_BD)) @ reference_D
+
+        # A row at a time, computed again for its gradient: all pairs at once would not fit.
+        rows = zip(unit(references_BD), backward_BD, strict=True)
+        return torch.stack([recomputed(row, *pair, use_reentrant=False) for pair in rows])
 
     def fuse(self, image_BD: Tensor, text_BD: Tensor) -> Tensor:
         """Un-normalised features -> L2-normalised query features (B, D)."""

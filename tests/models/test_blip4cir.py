@@ -10,7 +10,7 @@ from dafm_ray.models.blip import (
     resized_positions,
     sizes_of,
 )
-from dafm_ray.models.blip4cir import FORWARD, BiBlip4Cir, Blip4Cir, BlipWeights, tagged
+from dafm_ray.models.blip4cir import BACKWARD, FORWARD, BiBlip4Cir, Blip4Cir, BlipWeights, tagged
 from dafm_ray.models.checkpoints import read_checkpoint
 from dafm_ray.models.clip4cir import combiner_of
 from dafm_ray.models.wordpieces import WordPieces
@@ -77,6 +77,7 @@ def test_bi_blip_equals_the_published_implementation(bi, variant):
     model = BiBlip4Cir.of_checkpoint(checkpoint, variant, image_size=32, heads=HEADS)
     model.words = WordPieces(bi.words())
     model.module.eval()
+    own = torch.arange(4)
     raw = [entry["raw"] for entry in bi.json("captions.json")]
     texts = [tagged(text, FORWARD) for text in raw]
     assert texts == [entry["forward"] for entry in bi.json("captions.json")]
@@ -86,8 +87,21 @@ def test_bi_blip_equals_the_published_implementation(bi, variant):
     queries = model.encode_queries(bi.inputs["reference_images"], torch.arange(4), texts)
     bi.same(f"query_{variant}", queries, UNIT)
     bi.same(f"similarity_{variant}", model.score(queries, gallery), UNIT)
-    loss = in_batch_contrastive(100 * model.score(queries, gallery), torch.arange(4))
-    bi.same("stage1_loss_forward" if variant == "sum" else "stage2_loss_forward", loss, 1e-3)
+    stage = {"sum": "stage1", "combiner": "stage2"}[variant]
+    images = [bi.inputs[f"{name}_images"] for name in ("reference", "target")]
+    terms = model.terms(images[0], texts, images[1], 100.0, {"reversed": 1.0})
+    rank = terms.contrasts["rank"]
+    loss = in_batch_contrastive(rank.scale * model.score(rank.queries, rank.candidates), own)
+    bi.same(f"{stage}_loss_forward", loss, 1e-4)
+    bi.same(f"{stage}_loss_reversed", terms.penalties["reversed"][1], 1e-4)
+    references, targets = (model.image_features(image) for image in images)
+    bi.same("reference_features", references, HIDDEN)
+    bi.same("text_features_forward", model.text_features(texts), HIDDEN)
+    backward = model.text_features([text.replace(FORWARD, BACKWARD) for text in texts])
+    bi.same("text_features_backward", backward, HIDDEN)
+    logits = 100 * model.reversed_scores(references, backward, targets)
+    bi.same(f"{stage}_logits_reversed", logits, 1e-3)
+    assert not model.terms(images[0], texts, images[1], 100.0, {"reversed": 0.0}).penalties
 
 
 def test_full_size_keys_and_shapes_are_those_of_the_real_files(stage1, bi):

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from dafm_ray.errors import ConfigError
+from dafm_ray.finetune.losses import in_batch_contrastive
 from dafm_ray.models.base import ModelId
 from dafm_ray.models.checkpoints import read_checkpoint
 from dafm_ray.models.clip4cir import Clip4Cir, ClipPair, Combiner, combiner_of
@@ -74,6 +75,20 @@ def test_one_query_at_a_time_equals_the_batch(folder, inputs, expected, variant)
         images = model.encode_images(inputs["images"][row : row + 1])
         texts = model.encode_tokens(inputs["tokens"][row : row + 1].long())
         close("one", model.fuse(images, texts)[0], expected[f"query_{variant}"][row])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("variant", ["sum", "combiner"])
+def test_the_training_loss_is_the_published_one(folder, inputs, expected, variant, monkeypatch):
+    model = load(folder, variant)
+    tokens = inputs["tokens"].long()  # what they were made of is not recorded
+    monkeypatch.setattr(model, "encode_texts", lambda _: model.encode_tokens(tokens))
+    targets = inputs["images"][[1, 2, 3, 0]]
+    rank = model.terms(inputs["images"], [""] * 4, targets, 100.0, {}).contrasts["rank"]
+    logits = rank.scale * model.score(rank.queries, rank.candidates)
+    close(f"train_logits_{variant}", logits, expected[f"train_logits_{variant}"], atol=2e-3)
+    loss = in_batch_contrastive(logits, torch.arange(4))
+    close(f"train_loss_{variant}", loss, expected[f"train_loss_{variant}"], atol=1e-4)
 
 
 def test_full_size_keys_and_shapes_are_those_of_the_real_files(folder):
