@@ -58,7 +58,7 @@ def scores_of(store: TileStore, rows_B: Ints) -> Scores:
         (M, B, N) float32, NaN where a candidate is excluded or was not scored.
     """
     scores_MBN = np.empty((len(store.models), len(rows_B), store.size("gallery")), np.float32)
-    step = len(store.tile_rows[0])
+    step = store.manifest.grid.tile_queries
     for block in np.unique(rows_B // step):
         asked = np.flatnonzero(rows_B // step == block)
         rows = rows_B[asked]

@@ -216,17 +216,23 @@ def scratch_sizes(kind: type[Sizes], scratch: Mapping[str, Any], vocab_size: int
     """Sizes of new towers, from `scratch.towers` of a training job.
 
     Raises:
-        ConfigError: a size is missing, unknown or not a whole number above 0 (a patch size of 0
-            stands for a convolutional tower).
+        ConfigError: a size is missing, unknown or impossible.
     """
     try:
         towers = dict(scratch["towers"])
-        for key, value in towers.items():
-            several = value if isinstance(value, list) else [value]
-            whole = all(isinstance(one, int) and one >= 0 for one in several)
-            if not whole or (value == 0 and key != "patch_size"):
-                raise TypeError(f"{key} is {value}")
-        return kind(**{**towers, "vocab_size": vocab_size})
+        sizes = kind(**{**towers, "vocab_size": vocab_size})
     except (KeyError, TypeError, ValueError) as error:
         fields = f"the fields of {kind.__name__}"
         raise ConfigError(f"scratch.towers must hold {fields}: {error}") from None
+    for key, value in towers.items():
+        several = value if isinstance(value, list) else [value]
+        # A patch of 0 stands for a convolutional tower.
+        if not all(type(n) is int and n >= (key != "patch_size") for n in several):
+            raise ConfigError(f"scratch.towers.{key} is {value}; it must be whole and above 0")
+    for part, whole in (
+        *((key, key.replace("heads", "width")) for key in towers if key.endswith("heads")),
+        ("patch_size", "image_size"),
+    ):
+        if towers.get(part) and whole in towers and towers[whole] % towers[part]:
+            raise ConfigError(f"scratch.towers.{whole} must be a multiple of {part}")
+    return sizes

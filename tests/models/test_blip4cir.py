@@ -47,6 +47,8 @@ def test_stage_1_equals_the_published_implementation(stage1, file):
     stage1.same("reference_vit_tokens", towers.image_tokens(references), HIDDEN)
     gallery = model.encode_gallery(targets)
     stage1.same("target_features", gallery, UNIT)
+    stage1.same("reference_features", model.encode_gallery(references), UNIT)
+    stage1.same("target_vit_tokens", towers.image_tokens(targets), HIDDEN)
     stage1.same("text_mode_last_hidden_state", towers.text_hidden(ids, mask, None), HIDDEN)
     encoded = stage1.inputs["input_ids_enc"]
     hidden = towers.text_hidden(encoded, mask, towers.image_tokens(references))

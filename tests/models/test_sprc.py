@@ -71,6 +71,9 @@ def test_texts_prompts_and_one_query(golden):
     fixture.same("rtc_last_hidden_state", hidden, HIDDEN)
     gallery = model.encode_gallery(fixture.inputs["target_images"])
     references = fixture.inputs["reference_images"]
+    fixture.same("reference_features", model.encode_gallery(references), UNIT)
+    tokens = model.module.image_tokens(fixture.inputs["target_images"])
+    fixture.same("target_image_tokens", tokens, HIDDEN)
     alone = model.encode_queries(references[:1], torch.tensor([0]), texts[:1])
     fixture.same("similarity_single_query", model.score(alone, gallery)[0], UNIT)
 
@@ -130,6 +133,9 @@ def test_the_three_terms_of_the_loss(golden):
     terms = model.terms(images[0], texts, images[1], 1.0, model.loss_weights)
     losses = {name: contrastive(contrast) for name, contrast in terms.contrasts.items()}
     losses["align"] = terms.penalties["align"][1]
+    rtc = terms.contrasts["rtc"]
+    fixture.same("rtc_features", rtc.queries, UNIT)
+    fixture.same("rtc_similarity", model.score(rtc.queries, rtc.candidates), UNIT)
     for name, found in losses.items():
         fixture.same(f"loss_{name}", found, LOSS)
     total = losses["itc"] + 0.4 * losses["rtc"] + 0.4 * losses["align"]
