@@ -71,7 +71,7 @@ def unbroken(config):
     return TileStore(str(store))
 
 
-@pytest.mark.parametrize("part", ["features", "scores"])
+@pytest.mark.parametrize("part", ["features", pytest.param("scores", marks=pytest.mark.slow)])
 def test_finished_blocks_are_kept_and_the_store_equals_an_unbroken_one(
     tmp_path, config, unbroken, part
 ):
