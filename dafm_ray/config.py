@@ -247,11 +247,9 @@ class FinetuneConfig:
         for key in ("learning_rate", "logit_scale"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ConfigError(f"{key} must be a number above 0")
-        numbers = {key: getattr(self, key) for key in ("weight_decay", "gradient_clip")}
-        for key, value in {
-            **numbers,
-            **{f"loss.{term}": w for term, w in self.loss.items()},
-        }.items():
+        weights = {f"loss.{term}": weight for term, weight in self.loss.items()}
+        weights |= {"weight_decay": self.weight_decay, "gradient_clip": self.gradient_clip}
+        for key, value in weights.items():
             if not 0 <= value < math.inf:
                 raise ConfigError(f"{key} must be a number of at least 0")
         if min(self.shift, self.loader_workers, self.seed) < 0 or self.seed > _LARGEST_SEED:

@@ -7,7 +7,6 @@ must not hold the query it is used for, nor one of its fold; so the sums are kep
 a fold's bank adds up the others.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,14 +44,12 @@ class Bank:
     def without(self, *folds: int) -> Scores:
         """(M, N) float32 hub statistics from all folds but some: for the queries of a fold that
         one, and in training also the fold that is held out.
+
+        Sums are added, never subtracted: what a fold holds leaves no trace in another's bank.
         """
         others = [f for f in range(len(self.sums_FMN)) if f not in folds]
-        return self._statistics(others)
-
-    def _statistics(self, folds: Sequence[int]) -> Scores:
-        """Sums are added, never subtracted: what a fold holds leaves no trace in another's bank."""
-        sums_MN = self.sums_FMN[list(folds)].sum(axis=0)
-        counts_MN = self.counts_FMN[list(folds)].sum(axis=0)
+        sums_MN = self.sums_FMN[others].sum(axis=0)
+        counts_MN = self.counts_FMN[others].sum(axis=0)
         seen = counts_MN > 0
         mean_MN = np.divide(sums_MN, counts_MN, out=np.ones_like(sums_MN), where=seen)
         statistics: Scores = (np.log(mean_MN) / self.t).astype(np.float32)

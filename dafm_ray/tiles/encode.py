@@ -149,7 +149,7 @@ def actor_cpus(cpus: float, pools: Sequence[ModelConfig]) -> float:
         ConfigError: too many actors.
     """
     actors = sum(pool.actors for pool in pools)
-    budget = cpus - max(1.0, cpus / 4) if cpus >= 2 else cpus - DECODE_CPUS
+    budget = cpus - max(1.0, cpus / CPUS_A_DECODER) if cpus >= 2 else cpus - DECODE_CPUS
     share = min(1.0, int(100 * budget / actors) / 100)
     if share <= 0:
         raise ConfigError(
