@@ -11,6 +11,7 @@ from dafm_ray.config import (
     DatasetConfig,
     EvaluateConfig,
     FinetuneConfig,
+    FusionConfig,
     PrecomputeConfig,
     load_config,
 )
@@ -22,6 +23,7 @@ from dafm_ray.job import (
     guarded,
     precompute_job,
     say,
+    train_fusion_job,
 )
 
 Command = Callable[[argparse.Namespace], int]
@@ -64,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(STATIC_FUSIONS),
         metavar="NAME",
-        help=f"static fusions; default: {' '.join(STATIC_FUSIONS)}",
+        help="static fusions, any system with +bank, folders of trained fusions; default: "
+        + " ".join(STATIC_FUSIONS),
     )
     evaluate.add_argument(
         "--tune-on",
@@ -73,7 +76,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STORE",
         help="other queries on which to search convex weights",
     )
+    _add_bank_argument(evaluate)
     evaluate.add_argument("--cases", type=int, default=12, help="queries shown with pictures")
+
+    fuse = _group(commands, "fuse", "learned fusions")
+    train = _add(fuse, "train", _fuse_train, "LightFusion on Ray Train, with a report")
+    add_config_arguments(train)
 
     rank = _add(commands, "rank", _rank, "the first candidates of every query, as Parquet")
     rank.add_argument("store")
@@ -82,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
         "--fusion",
         default="mean@zscore",
         metavar="NAME",
-        help="a static fusion, or a sub-model; default: mean@zscore",
+        help="a static fusion, a sub-model, either with +bank, or the folder of a trained fusion; "
+        "default: mean@zscore",
     )
     ranks_by.add_argument(
         "--tune-on",
@@ -91,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STORE",
         help="other queries on which to search convex weights",
     )
+    _add_bank_argument(rank)
     rank.add_argument("--top", type=int, default=50, metavar="K", help="default: 50")
     rank.add_argument("--out", required=True, type=Path, metavar="FILE", help="a Parquet file")
 
@@ -151,6 +161,16 @@ def _add(
     return parser
 
 
+def _add_bank_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bank",
+        default="",
+        metavar="STORE",
+        help="other queries over the same gallery, of which query banks are made; default: the "
+        "store's own queries, each without its fold",
+    )
+
+
 def _group(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
 ) -> "argparse._SubParsersAction[argparse.ArgumentParser]":
@@ -183,25 +203,36 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             out=arguments.out,
             fusions=tuple(arguments.fusion),
             tune_on=tuple(arguments.tune_on),
+            bank=arguments.bank,
             cases=arguments.cases,
         )
     )
 
 
+def _fuse_train(arguments: argparse.Namespace) -> int:
+    return train_fusion_job(load_config(FusionConfig, arguments.config, arguments.set))
+
+
 def _rank(arguments: argparse.Namespace) -> int:
-    from dafm_ray.fusion.convex import search_convex
-    from dafm_ray.fusion.rankings import system_named, write_rankings
+    from dafm_ray.fusion.artefact import is_artefact
+    from dafm_ray.fusion.rankings import write_rankings
+    from dafm_ray.fusion.systems import Maker, complete_part, tuned_on
     from dafm_ray.report.stores import refuse_leaks
     from dafm_ray.tiles.store import TileStore
 
-    store = TileStore(arguments.store)
-    system = system_named(store, arguments.fusion)
+    store, name, tuned = TileStore(arguments.store), arguments.fusion, None
+    if is_artefact(name):
+        store = complete_part(store)
+    store.refuse_incomplete()
     if arguments.tune_on:
         others = [TileStore(uri) for uri in arguments.tune_on]
         refuse_leaks([store], others)
-        system = search_convex(*others)
-    write_rankings(store, system, arguments.top, arguments.out)
-    print(f"{arguments.out}: {system.name}")
+        tuned = tuned_on(others)
+        name = tuned[0].name
+    made = Maker([name], bank_source=arguments.bank, tuned=tuned).on(store)
+    say(*made.notes)
+    write_rankings(store, made.systems[-1], arguments.top, arguments.out)
+    print(f"{arguments.out}: {made.systems[-1].name}")
     return DONE
 
 

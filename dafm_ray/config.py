@@ -20,6 +20,8 @@ _FORBID: dict[str, str] = {"extra": "forbid"}
 _UNKNOWN_KEY = "unexpected_keyword_argument"
 Config = TypeVar("Config")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Order = Literal["rank", "file", "hash"]
+TemperatureMode = Literal["paper", "paper_clamped", "centred", "fixed"]
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,13 @@ class EvaluateConfig:
         store: of the queries to report; several stores of one protocol, as the categories of
             FashionIQ, are reported together.
         out: folder of the results.
-        fusions: names of static fusions.
+        fusions: static fusions, sub-models or static fusions with `+bank`, folders of trained
+            fusions.
         tune_on: store or stores of other queries on which convex weights are searched; empty
-            leaves the convex row out.
+            leaves the convex row out, unless a trained fusion brings its own.
+        bank: store of other queries over the same gallery, of which query banks are made; by
+            default the queries themselves, each without its fold.
+        bank_t: of the banks of static fusions, see `fusion/bank.py`.
         cases: queries shown with pictures.
         seed: of the bootstrap and of the sample of cases.
     """
@@ -155,12 +161,16 @@ class EvaluateConfig:
     out: str
     fusions: tuple[str, ...] = STATIC_FUSIONS
     tune_on: str | tuple[str, ...] = ()
+    bank: str = ""
+    bank_t: float = 1.5
     cases: int = 12
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.cases < 0:
             raise ConfigError("cases must be at least 0")
+        if not 0 < self.bank_t < math.inf:
+            raise ConfigError("bank_t must be a number above 0")
         if not self.stores:
             raise ConfigError("store: name at least one")
 
@@ -257,6 +267,190 @@ class FinetuneConfig:
         unknown_keys = set(self.scratch) - {"towers", "combiner", "vision"}
         if unknown_keys:
             raise ConfigError(f"scratch holds towers, combiner and vision, not {min(unknown_keys)}")
+
+
+@dataclass(frozen=True)
+class NegativesConfig:
+    """Candidates a query is trained against; all of them unless one of these is above 0.
+
+    Attributes:
+        top: those that the models like best together.
+        random: others, drawn anew for every batch.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    top: int = 0
+    random: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.top, self.random) < 0:
+            raise ConfigError("negatives: top and random must be at least 0")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a fusion is fitted.
+
+    Attributes:
+        objective: `log_rank`, a smooth logarithm of the target's rank, or `info_nce` (DAFM, eq. 6).
+        temperature: how the loss moves tau, see `fusion/temperature.py`.
+        tau: where it starts.
+        tau_unit: `raw`: of the sub-models' own scores, as the paper's 0.02 for cosines;
+            `normalised`: of the normalised scores.
+        scaling: S of DAFM's eq. 7.
+        lowest_factor: of one step, in mode `paper_clamped`.
+        tau_bounds: as multiples of the start, in modes `paper_clamped` and `centred`.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+        epochs: passes over the queries.
+        batch: queries of a step, of all workers together.
+        model_dropout: probability that a query has to do without a model.
+        negatives: a few candidates a query instead of all, which is an approximation.
+        seed: of the order of the queries, of dropped models and of random negatives.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    objective: Literal["log_rank", "info_nce"] = "log_rank"
+    temperature: TemperatureMode = "fixed"
+    tau: float = 0.15
+    tau_unit: Literal["normalised", "raw"] = "normalised"
+    scaling: float = 500.0
+    lowest_factor: float = 0.5
+    tau_bounds: tuple[float, float] = (0.25, 5.0)
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.0
+    epochs: int = 4
+    batch: int = 256
+    model_dropout: float = 0.0
+    negatives: NegativesConfig = NegativesConfig()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("learning_rate", "tau", "scaling"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ConfigError(f"recipe.{key} must be a number above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError("recipe.weight_decay must be a number of at least 0")
+        if self.epochs < 0 or self.batch < 1 or not 0 <= self.seed <= _LARGEST_SEED:
+            raise ConfigError(
+                "recipe: epochs must be at least 0, batch at least 1, seed in [0, 2^31)"
+            )
+        if not 0 <= self.model_dropout < 1:
+            raise ConfigError("recipe.model_dropout must be at least 0 and below 1")
+        low, high = self.tau_bounds
+        if not (0 < low <= 1 <= high < math.inf and 0 < self.lowest_factor <= 1):
+            raise ConfigError(
+                "recipe: tau_bounds must hold 1 between them, lowest_factor be in (0, 1]"
+            )
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Size and kind of a LightFusion, see `fusion/lightfusion.py`.
+
+    Attributes:
+        width: of the hidden layer.
+        kernel: of the filter along the candidates, odd; 1 is none, and no order can matter.
+        order: of the candidates under a filter: by their mean score (`rank`), as in the annotation
+            file (`file`; the paper's, which leaks), or as stored (`hash`; arbitrary).
+        gate: mix the models by the statistics of a query's scores.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    width: int = 32
+    kernel: int = 1
+    order: Order = "rank"
+    gate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise ConfigError("network: width must be at least 1, kernel odd and at least 1")
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """A LightFusion, trained on Ray Train.
+
+    Attributes:
+        store: whose queries are learned from; several, as the categories of FashionIQ, give one
+            fusion for all.
+        out: folder of the artefact and of its report.
+        protocol: `out-of-fold`: a network a fold that it does not see, which is what the report
+            ranks it with. `train->val`: one network from all queries, reported on `validation`.
+        validation: store or stores of other queries, reported on.
+        models: which of the store's; all by default.
+        folds: of queries, whose groups are never split; they also keep a query out of its bank.
+        seeds: networks a fold, whose scores are averaged.
+        new_queries: what ranks queries of no fold: the mean of all networks' `scores`, or one
+            network of their mean `weights`, which costs less.
+        normalisation: of the scores of one query under one model.
+        bank_t: of the query bank, see `fusion/bank.py`; 0 trains without a bank.
+        profiles: a channel a model of how alike reference and candidate score for the bank's
+            queries, see `fusion/profiles.py`.
+        references: models whose similarity of reference and candidate is a channel.
+        sees_reference: leave the reference's own score at the network's input, where the data set
+            masks it; for the audit of the order leak.
+        start: weights a network starts from: `convex` (searched, with the strength of the bank) or
+            `mean`.
+        network: its size and kind.
+        recipe: how it is fitted.
+        workers: Ray Train workers, which share every batch.
+        use_gpu: one GPU a worker.
+        cases: queries of the report shown with pictures.
+        seed: of the folds and of the networks.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    store: str | tuple[str, ...]
+    out: str
+    protocol: Literal["out-of-fold", "train->val"] = "out-of-fold"
+    validation: str | tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    folds: int = 5
+    seeds: int = 1
+    new_queries: Literal["scores", "weights"] = "scores"
+    normalisation: Literal["zscore", "minmax", "rank", "dbsf", "none"] = "zscore"
+    bank_t: float = 1.5
+    profiles: bool = True
+    references: tuple[str, ...] = ()
+    sees_reference: bool = False
+    start: Literal["convex", "mean"] = "convex"
+    network: NetworkConfig = NetworkConfig()
+    recipe: Recipe = Recipe()
+    workers: int = 1
+    use_gpu: bool = False
+    cases: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.stores:
+            raise ConfigError("store: name at least one")
+        if self.protocol == "train->val" and not self.validation_stores:
+            raise ConfigError("protocol train->val needs `validation`, a store of other queries")
+        if min(self.seeds, self.workers) < 1 or self.folds < 3:
+            raise ConfigError("seeds and workers must be at least 1, folds at least 3")
+        if not 0 <= self.bank_t < math.inf:
+            raise ConfigError("bank_t must be a number of at least 0")
+        if self.profiles and not self.bank_t:
+            raise ConfigError(
+                "profiles come from a query bank; set bank_t above 0, or profiles false"
+            )
+        if self.cases < 0 or not 0 <= self.seed <= _LARGEST_SEED:
+            raise ConfigError("cases must be at least 0, seed in [0, 2^31)")
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """`store` as a tuple."""
+        return _several(self.store)
+
+    @property
+    def validation_stores(self) -> tuple[str, ...]:
+        """`validation` as a tuple."""
+        return _several(self.validation)
 
 
 def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from dafm_ray.config import (
     EvaluateConfig,
     FinetuneConfig,
+    FusionConfig,
     PrecomputeConfig,
     load_config,
 )
@@ -76,6 +77,33 @@ def evaluate_job(config: EvaluateConfig) -> int:
 
     evaluation = evaluate(config)
     print(to_markdown(evaluation.table))
+    print("\n".join(evaluation.notes))
+    print(f"report: {evaluation.report}")
+    return _exit_code(evaluation.failures, str(evaluation.report))
+
+
+def train_fusion_job(config: FusionConfig) -> int:
+    """Train a fusion on the scores of a store, and report on queries it did not learn from."""
+    from dafm_ray.fusion.artefact import record_metrics
+    from dafm_ray.fusion.train import train_fusion
+    from dafm_ray.report.evaluate import evaluate
+    from dafm_ray.report.tables import to_markdown
+
+    out = train_fusion(config)
+    reported = config.stores if config.protocol == "out-of-fold" else config.validation_stores
+    evaluation = evaluate(
+        EvaluateConfig(
+            store=reported,
+            out=str(out / "report"),
+            fusions=("mean@zscore", str(out)),
+            cases=config.cases,
+            seed=config.seed,
+        )
+    )
+    record_metrics(out, {row.name: row.metrics for row in evaluation.table.rows})
+    print(to_markdown(evaluation.table))
+    print("\n".join(evaluation.notes))
+    print(f"fusion: {out}")
     print(f"report: {evaluation.report}")
     return _exit_code(evaluation.failures, str(evaluation.report))
 

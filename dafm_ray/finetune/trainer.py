@@ -16,19 +16,19 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dafm_ray.config import FinetuneConfig, load_config, parse_config, to_yaml
+from dafm_ray.config import FinetuneConfig, parse_config
 from dafm_ray.datasets.registry import load_dataset
-from dafm_ray.errors import ConfigError, DafmError, DataError, refusals, unknown
+from dafm_ray.errors import ConfigError, DataError, unknown
 from dafm_ray.finetune.losses import in_batch_contrastive
 from dafm_ray.finetune.triplets import Batch, Triplets, epoch_batches, load_batches, shifted
 from dafm_ray.finetune.validation import validation_recall
 from dafm_ray.models.base import Contrast, FrozenModel
 from dafm_ray.models.registry import resolve
 from dafm_ray.progress import followed, status_line
-from dafm_ray.session import available_cpus, available_gpus, ensure_ray
+from dafm_ray.runs import STATUS, cause, claim, refuse_larger
+from dafm_ray.session import ensure_ray
 
 SELECTION = "R@10"
-STATUS = "status.json"
 _MACHINE = frozenset({"workers", "cpus_per_worker", "use_gpu", "loader_workers", "out"})
 """Keys that may change between two starts of one run."""
 State = dict[str, Any]
@@ -262,8 +262,8 @@ def finetune(config: FinetuneConfig) -> Path:
     start = build(config)
     out = Path(config.out).resolve()
     ensure_ray()
-    _refuse_larger(config)
-    _claim(out, config)
+    refuse_larger(config.workers, config.cpus_per_worker, config.use_gpu)
+    claim(out, config, _MACHINE)
     resources = {"CPU": float(config.cpus_per_worker), "GPU": float(config.use_gpu)}
     trainer = TorchTrainer(
         _worker,
@@ -285,7 +285,7 @@ def finetune(config: FinetuneConfig) -> Path:
         with followed("train", config.epochs, out / STATUS, "epoch"):
             result = trainer.fit()
     except TrainingFailedError as error:
-        raise _cause(error) from None
+        raise cause(error) from None
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / "state.pt", weights_only=True)
@@ -294,48 +294,6 @@ def finetune(config: FinetuneConfig) -> Path:
     save_weights(start, out / "weights.safetensors")
     (out / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     return out / "weights.safetensors"
-
-
-def _refuse_larger(config: FinetuneConfig) -> None:
-    """ConfigError if the workers do not fit the cluster; Ray Train would wait without a word."""
-    for what, needed, there in (
-        ("CPUs", config.workers * config.cpus_per_worker, available_cpus()),
-        ("GPUs", config.workers * config.use_gpu, available_gpus()),
-    ):
-        if needed > there:
-            raise ConfigError(
-                f"{config.workers} workers need {needed} {what}, and the cluster has {there:g}; "
-                "lower workers or cpus_per_worker, or set use_gpu to false"
-            )
-
-
-def _claim(out: Path, config: FinetuneConfig) -> None:
-    """Make a run folder; one of another configuration is refused, one of the same goes on."""
-    written = out / "config.yaml"
-    if written.is_file():
-        earlier = asdict(load_config(FinetuneConfig, written))
-        changed = [
-            key
-            for key, value in asdict(config).items()
-            if key not in _MACHINE and value != earlier[key]
-        ]
-        if changed:
-            raise ConfigError(
-                f"{out} holds a run of another configuration ({', '.join(changed)} differ); "
-                "choose another `out`, or delete that folder"
-            )
-    with refusals(out):
-        out.mkdir(parents=True, exist_ok=True)
-        written.write_text(to_yaml(config), encoding="utf-8")
-
-
-def _cause(error: Exception) -> Exception:
-    """A user's mistake found in a worker, or the failure itself."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        cause = getattr(failure, "_base_exc", failure)
-        if isinstance(cause, DafmError):
-            return cause
-    return error
 
 
 def save_weights(model: FrozenModel, path: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -2,28 +2,34 @@
 
 Weights on the simplex for the sum of z-scores, searched by hill climbing from several starts. The
 objective is the mean log2 rank of the target, which moves with every query, where a recall at one
-K moves with few.
+K moves with few. Weights for a fold's queries are searched on the others.
+
+A candidate below the target under every model is below it under all weights; only the others are
+kept, which makes a search cheap.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from dafm_ray.errors import DataError
 from dafm_ray.evaluation.metrics import Floats, Ints, Scores, columns_of
+from dafm_ray.fusion.bank import Bank
+from dafm_ray.fusion.folds import NOBODY
 from dafm_ray.fusion.normalise import zscore
-from dafm_ray.fusion.rank import masked_scores
+from dafm_ray.fusion.rank import Chunk, masked_scores
 from dafm_ray.fusion.static import Convex
 from dafm_ray.tiles.store import TileStore
-
-ABSENT = -1e6
-"""Stands for the score of a masked candidate: last under all weights on the simplex."""
 
 Cost = Callable[[Floats], float]
 
 STEPS = (0.2, 0.1, 0.05, 0.02)
-MEMORY_SCORES = 250_000_000
-"""Scores held at most; a larger store is searched on the first queries, in hash order, that fit."""
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of a query bank, searched once the weights are found."""
+
+MEMORY_SCORES = 40_000_000
+"""Differences held at most; of a larger store the first queries, in hash order, are searched."""
 
 
 def search_convex(*stores: TileStore) -> Convex:
@@ -32,54 +38,174 @@ def search_convex(*stores: TileStore) -> Convex:
     Raises:
         DataError: no query has a target.
     """
+    unfolded = [np.zeros(store.size("queries"), dtype=np.int64) for store in stores]
+    return search_folds(stores, unfolded, [NOBODY])[0]
+
+
+def search_folds(
+    stores: Sequence[TileStore], fold_of_Qs: Sequence[Ints], held_out: Sequence[int]
+) -> list[Convex]:
+    """Search weights once for each fold that is held out, on the queries of the others.
+
+    Args:
+        stores: with the same models.
+        fold_of_Qs: fold of each query, store by store.
+        held_out: folds; `NOBODY` searches on all queries.
+
+    Raises:
+        DataError: no query has a target.
+    """
+    ahead = _load(stores, fold_of_Qs)
+    title = " + ".join(store.manifest.title for store in stores)
+    uris = ", ".join(store.uri for store in stores)
     models = stores[0].models
-    room = MEMORY_SCORES // len(stores)
-    normalised = [part for store in stores for part in _load(store, room)]
-    if not normalised:
-        uris = ", ".join(store.uri for store in stores)
-        raise DataError(f"{uris}: no query has a target, so no weights can be searched")
+    found = []
+    for fold in held_out:
+        learning_Q = np.flatnonzero(ahead.fold_of_Q != fold)
+        if not len(learning_Q):
+            raise DataError(f"{uris}: no query has a target, so no weights can be searched")
 
-    seen: dict[tuple[float, ...], float] = {}
+        def cost(weights_M: Floats, learning_Q: Ints = learning_Q) -> float:
+            return float(ahead.log_ranks(weights_M)[learning_Q].mean())
 
-    def cost(weights_M: Floats) -> float:
+        starts = _starts(len(models))
+        best, _ = min((_climb(start, cost) for start in starts), key=lambda result: result[1])
+        weights = {name: float(w) for name, w in zip(models, np.round(best, 4), strict=True)}
+        found.append(Convex(weights, title))
+    return found
+
+
+class _Ahead:
+    """Candidates that are not below the target under every model, by their lead over it.
+
+    Attributes:
+        leads_MP: float32, z-score of a candidate less the target's.
+        starts_S: int64, where the candidates of each (query, target) begin in P.
+        query_of_S: int64, the first segment of each query.
+        fold_of_Q: fold of each query that has a target.
+    """
+
+    def __init__(self, leads_MP: Scores, sizes_S: Ints, targets_Q: Ints, fold_of_Q: Ints) -> None:
+        self.leads_MP = leads_MP
+        self.fold_of_Q = fold_of_Q
+        self._ends_S = np.cumsum(sizes_S)
+        self._starts_S = self._ends_S - sizes_S
+        self._first_Q = np.cumsum(targets_Q) - targets_Q
+        self._known: dict[tuple[float, ...], Floats] = {}
+
+    def log_ranks(self, weights_M: Floats) -> Floats:
+        """(Q,) log2 rank of the best target, ties counted half."""
         key = tuple(np.round(weights_M, 6).tolist())
-        if key not in seen:
-            seen[key] = _mean_log_rank(normalised, np.array(key, dtype=np.float32))
-        return seen[key]
+        if key not in self._known:
+            signs_P = np.sign(np.array(key, dtype=np.float32) @ self.leads_MP)
+            passed_P = np.concatenate([[0.0], np.cumsum((signs_P + 1) / 2, dtype=np.float64)])
+            ranks_S = 1 + passed_P[self._ends_S] - passed_P[self._starts_S]
+            self._known[key] = np.log2(np.minimum.reduceat(ranks_S, self._first_Q))
+        return self._known[key]
 
-    best = min((_climb(start, cost) for start in _starts(len(models))), key=lambda found: found[1])
-    weights = {name: float(w) for name, w in zip(models, np.round(best[0], 4), strict=True)}
-    return Convex(weights, " + ".join(store.manifest.title for store in stores))
+
+def _load(stores: Sequence[TileStore], fold_of_Qs: Sequence[Ints]) -> _Ahead:
+    leads: list[Scores] = []
+    sizes: list[int] = []
+    targets: list[int] = []
+    folds: list[int] = []
+    for store, fold_of_Q in zip(stores, fold_of_Qs, strict=True):
+        room = MEMORY_SCORES // len(stores)
+        for labelled in _labelled(store):
+            z_MBN = labelled.z_MBN
+            for b, columns_T in enumerate(labelled.targets_BT):
+                if room < 0:
+                    break
+                own = columns_T[columns_T >= 0]
+                others_N = ~labelled.absent_BN[b]
+                others_N[own] = False
+                for column in own:
+                    leads_MN = z_MBN[:, b] - z_MBN[:, b, column, None]
+                    kept_N = others_N & (leads_MN >= 0).any(axis=0)
+                    leads.append(leads_MN[:, kept_N])
+                    sizes.append(int(kept_N.sum()))
+                    room -= leads[-1].size
+                targets.append(len(own))
+                folds.append(int(fold_of_Q[labelled.rows_B[b]]))
+    models = len(stores[0].models)
+    return _Ahead(
+        np.concatenate([np.empty((models, 0), np.float32), *leads], axis=1),
+        np.array(sizes, dtype=np.int64),
+        np.array(targets, dtype=np.int64),
+        np.array(folds, dtype=np.int64),
+    )
 
 
-def _load(store: TileStore, room: int) -> list[tuple[Scores, Ints]]:
-    """(z-scores (M, B, N), target columns (B, T)) of queries with targets."""
-    parts: list[tuple[Scores, Ints]] = []
+@dataclass(frozen=True)
+class _Labelled:
+    """Queries with targets: z-scores, what is absent, columns of the targets."""
+
+    rows_B: Ints
+    z_MBN: Scores
+    absent_BN: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+    targets_BT: Ints
+
+
+def _labelled(store: TileStore) -> Iterator[_Labelled]:
+    """All queries whose target was scored, a bounded number of scores at a time."""
     for chunk in masked_scores(store):
-        queries = store.queries[chunk.rows.start : chunk.rows.stop]
-        kept = [b for b, query in enumerate(queries) if query.targets]
-        room -= chunk.scores_MBN.size
-        if kept and room >= 0:
-            targets_BT = columns_of([queries[b].targets for b in kept], store.positions)
-            scores_MBN = chunk.scores_MBN[:, kept]
-            absent_BN = np.isnan(scores_MBN).all(axis=0)
-            filled_MBN = np.where(absent_BN, ABSENT, np.nan_to_num(zscore(scores_MBN)))
-            parts.append((filled_MBN.astype(np.float32), targets_BT))
-    return parts
+        part = _labelled_part(store, chunk)
+        if len(part.rows_B):
+            yield part
 
 
-def _mean_log_rank(parts: list[tuple[Scores, Ints]], weights_M: Scores) -> float:
-    total, count = 0.0, 0
-    for scores_MBN, targets_BT in parts:
-        fused_BN = np.tensordot(weights_M, scores_MBN, axes=1)
-        rows_B1 = np.arange(len(fused_BN))[:, None]
-        target_BT = np.where(targets_BT >= 0, fused_BN[rows_B1, targets_BT], -np.inf)
-        best_B1 = target_BT.max(axis=1, keepdims=True)
-        ahead_B = (fused_BN > best_B1).sum(axis=1)
-        tied_B = (fused_BN == best_B1).sum(axis=1) - (target_BT == best_B1).sum(axis=1)
-        total += float(np.log2(1 + ahead_B + tied_B / 2).sum())
-        count += len(fused_BN)
-    return total / count
+def _labelled_part(store: TileStore, chunk: Chunk) -> _Labelled:
+    absent_BN = np.asarray(np.isnan(chunk.scores_MBN).all(axis=0))
+    queries = store.queries[chunk.rows.start : chunk.rows.stop]
+    targets_BT = columns_of([query.targets for query in queries], store.positions)
+    rows_B1 = np.arange(len(queries))[:, None]
+    targets_BT = np.where(absent_BN[rows_B1, targets_BT], -1, targets_BT)
+    kept = np.flatnonzero((targets_BT >= 0).any(axis=1))
+    z_MBN = np.nan_to_num(zscore(chunk.scores_MBN[:, kept]))
+    return _Labelled(np.array(chunk.rows)[kept], z_MBN, absent_BN[kept], targets_BT[kept])
+
+
+def search_strengths(
+    stores: Sequence[TileStore],
+    banks: Sequence[Bank],
+    convexes: Sequence[Convex],
+    held_out: Sequence[int],
+) -> list[float]:
+    """The strength of a query bank for each of the weights of `search_folds`, searched on the same
+    queries.
+
+    Args:
+        stores: as there.
+        banks: of each store.
+        convexes: weights for each fold that is held out.
+        held_out: the folds.
+    """
+    costs = np.zeros((len(held_out), len(STRENGTHS)))
+    for store, bank in zip(stores, banks, strict=True):
+        for labelled in _labelled(store):
+            fold_of_B = bank.fold_of_Q[labelled.rows_B]
+            for f, (convex, fold) in enumerate(zip(convexes, held_out, strict=True)):
+                learning = np.flatnonzero(fold_of_B != fold)
+                weights_M = np.array(list(convex.weights.values()), np.float32)
+                hubs_MBN = bank.hubs(labelled.rows_B[learning], fold)
+                fused_BN = np.tensordot(weights_M, labelled.z_MBN[:, learning], axes=1)
+                fused_BN[labelled.absent_BN[learning]] = -np.inf
+                hub_BN = np.tensordot(weights_M, hubs_MBN, axes=1)
+                for s, strength in enumerate(STRENGTHS):
+                    scores_BN = fused_BN - np.float32(strength) * hub_BN
+                    costs[f, s] += _log_ranks(scores_BN, labelled.targets_BT[learning]).sum()
+    return [STRENGTHS[s] for s in costs.argmin(axis=1)]
+
+
+def _log_ranks(fused_BN: Scores, targets_BT: Ints) -> Floats:
+    """(B,) log2 rank of the best target, ties counted half."""
+    rows_B1 = np.arange(len(fused_BN))[:, None]
+    target_BT = np.where(targets_BT >= 0, fused_BN[rows_B1, targets_BT], -np.inf)
+    best_B1 = target_BT.max(axis=1, keepdims=True)
+    ahead_B = (fused_BN > best_B1).sum(axis=1)
+    tied_B = (fused_BN == best_B1).sum(axis=1) - (target_BT == best_B1).sum(axis=1)
+    log_ranks: Floats = np.log2(1 + ahead_B + tied_B / 2)
+    return log_ranks
 
 
 def _starts(models: int) -> Iterator[Floats]:

@@ -9,6 +9,9 @@ from dafm_ray.datasets.base import Query
 from dafm_ray.errors import ConfigError
 from dafm_ray.evaluation.metrics import Ints
 
+NOBODY = -1
+"""The fold of a query that is in none."""
+
 
 def grouped_folds(queries: Sequence[Query], folds: int, seed: int = 0) -> Ints:
     """Which fold each query is held out in.

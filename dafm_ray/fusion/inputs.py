@@ -1,5 +1,6 @@
-"""What a learned fusion sees of a query: z-scores, hub statistics, what is absent, the targets."""
+"""What a learned fusion sees of a query: one channel a model, hub statistics, what is absent."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -7,72 +8,193 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dafm_ray.evaluation.metrics import Ints, columns_of
+from dafm_ray.evaluation.metrics import Ints, Scores, columns_of
 from dafm_ray.fusion.bank import Bank
-from dafm_ray.fusion.normalise import zscore
-from dafm_ray.fusion.rank import scores_of
+from dafm_ray.fusion.folds import NOBODY
+from dafm_ray.fusion.normalise import NORMALISATIONS, zscore
+from dafm_ray.fusion.rank import CHUNK_SCORES, scores_of
+from dafm_ray.fusion.reference import SIMILARITY, References
 from dafm_ray.tiles.store import TileStore
 
 HUB = "hub:"
 """Begins the name of a model's channel of hub statistics."""
 
+PROFILE = "profile:"
+"""Begins the name of a model's channel of the similarity of profiles."""
 
-class Examples(NamedTuple):
-    """Some queries.
+
+@dataclass(frozen=True)
+class Channels:
+    """Turns scores into the channels of a network, whatever models there are.
 
     Attributes:
-        inputs_BNK: float32 z-scores of the models, then their hub statistics if there is a bank;
-            0 where a model did not score a candidate.
-        absent_BN: bool, candidates that are masked or that no model scored.
-        targets_BT: int64 columns of the targets, -1 where a query has fewer.
+        models: of the network, in its order; one that a store lacks is a channel of zeros, which
+            is the mean of the normalised scores.
+        normalisation: of the scores of one query under one model.
+        hubs: whether each model has a channel of hub statistics.
+        profiles: whether each has one of the similarity of the reference's and the candidate's
+            profile.
+        references: models that have a channel of the similarity of reference and candidate.
     """
 
-    inputs_BNK: Tensor
+    models: tuple[str, ...]
+    normalisation: str = "zscore"
+    hubs: bool = False
+    profiles: bool = False
+    references: tuple[str, ...] = ()
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Names of the channels after the models'."""
+        hubs = [HUB + name for name in self.models] if self.hubs else []
+        profiles = [PROFILE + name for name in self.models] if self.profiles else []
+        return (*hubs, *profiles, *(SIMILARITY + name for name in self.references))
+
+
+class Given(NamedTuple):
+    """Some queries, before the channels that depend on the fold held out are filled in.
+
+    Attributes:
+        rows_B: positions in the store; -1 for a query of no store.
+        references_B: position of the reference in the gallery, -1 if it is not there.
+        scores_BNM: float32 normalised scores of the network's models, 0 where there is none.
+        similarities_BNR: as many for the similarity of the reference.
+        present_BM: bool, models that scored the query at all.
+        absent_BN: bool, candidates that are masked or that no model scored.
+    """
+
+    rows_B: Ints
+    references_B: Ints
+    scores_BNM: Tensor
+    similarities_BNR: Tensor
+    present_BM: Tensor
     absent_BN: Tensor
-    targets_BT: Tensor
+
+    def select(self, places: Ints) -> "Given":
+        """Some of the queries."""
+        return Given(
+            self.rows_B[places],
+            self.references_B[places],
+            self.scores_BNM[places],
+            self.similarities_BNR[places],
+            self.present_BM[places],
+            self.absent_BN[places],
+        )
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Reads examples from the tiles of a store.
+    """The channels of the queries of one store.
 
     Attributes:
-        store: complete tiles of all its models.
-        fold_of_Q: fold of each query, in stored order.
-        bank: of the same folds, or None.
+        store: complete tiles of all its models, some or all of the network's.
+        channels: of the network.
+        bank: of the store's models; needed if the channels have hubs or profiles.
+        sees_reference: leave the reference's own score at the network's input, where the data set
+            masks it; for the audit of the order leak.
     """
 
     store: TileStore
-    fold_of_Q: Ints
+    channels: Channels
     bank: Bank | None = None
+    sees_reference: bool = False
 
-    @property
-    def extras(self) -> tuple[str, ...]:
-        """Names of the channels after the models."""
-        return tuple(HUB + name for name in self.store.models) if self.bank else ()
+    def read(self, rows_B: Ints) -> Given:
+        """Some queries of the store."""
+        return self.of(scores_of(self.store, rows_B), rows_B)
 
-    def __call__(self, rows_B: Ints, held_out: int) -> Examples:
-        """Examples for the fit that holds a fold out, to train on or to rank.
+    def parts(self, rows: Ints) -> Iterator[Given]:
+        """Queries of the store in the order asked for, a bounded number of scores at a time."""
+        step = max(1, CHUNK_SCORES // (len(self.channels.models) * self.store.size("gallery")))
+        for start in range(0, len(rows), step):
+            yield self.read(rows[start : start + step])
 
-        A query's hub statistics come from neither its own fold nor the one held out.
+    def of(self, scores_MBN: Scores, rows_B: Ints, similarities_RBN: Scores | None = None) -> Given:
+        """Queries whose scores are at hand.
 
         Args:
-            rows_B: positions of queries in the store.
-            held_out: a fold.
+            scores_MBN: of the store's models; NaN where a candidate was not scored or is masked.
+            rows_B: positions in the store; -1 for a query of no store.
+            similarities_RBN: of the reference, for queries of no store.
         """
-        z_MBN = zscore(scores_of(self.store, rows_B))
-        absent_BN = np.isnan(z_MBN).all(axis=0)
-        inputs_KBN = np.nan_to_num(z_MBN)
-        if self.bank is not None:
-            hubs_MBN = np.empty_like(inputs_KBN)
-            fold_of_B = self.fold_of_Q[rows_B]
-            for fold in np.unique(fold_of_B):
-                hubs_MBN[:, fold_of_B == fold] = self.bank.without(int(fold), held_out)[:, None]
-            inputs_KBN = np.concatenate([inputs_KBN, hubs_MBN])
-        queries = [self.store.queries[q] for q in rows_B]
-        targets_BT = columns_of([query.targets for query in queries], self.store.positions)
-        return Examples(
-            torch.from_numpy(np.ascontiguousarray(inputs_KBN.transpose(1, 2, 0))),
+        absent_BN = np.isnan(scores_MBN).all(axis=0)
+        if self.sees_reference:
+            scores_MBN = scores_of(self.store, rows_B, masked=False)
+        normalised_MBN = NORMALISATIONS[self.channels.normalisation](scores_MBN)
+        shape_BN = absent_BN.shape
+        scores_BNM = np.zeros((*shape_BN, len(self.channels.models)), np.float32)
+        present_BM = np.zeros((len(rows_B), len(self.channels.models)), dtype=bool)
+        for m, name in enumerate(self.channels.models):
+            if name in self.store.models:
+                own_BN = normalised_MBN[self.store.models.index(name)]
+                missing_BN = np.isnan(own_BN)
+                scores_BNM[..., m] = np.where(missing_BN, 0, own_BN)
+                present_BM[:, m] = ~missing_BN.all(axis=1)
+        if similarities_RBN is None and self.channels.references:
+            similarities_RBN = References(self.store, self.channels.references)(rows_B)
+        if similarities_RBN is None:
+            similarities_RBN = np.zeros((0, *shape_BN), np.float32)
+        similarities_RBN[:, absent_BN] = np.nan
+        similarities_RBN = np.nan_to_num(zscore(similarities_RBN))
+        return Given(
+            rows_B,
+            self._references(rows_B),
+            torch.from_numpy(scores_BNM),
+            torch.from_numpy(np.ascontiguousarray(similarities_RBN.transpose(1, 2, 0))),
+            torch.from_numpy(present_BM),
             torch.from_numpy(absent_BN),
-            torch.from_numpy(targets_BT),
         )
+
+    def complete(self, given: Given, held_out: int = NOBODY) -> Tensor:
+        """(B, N, K) channels for a network that a fold was held out from.
+
+        A query's hub statistics come from neither its own fold nor the one held out. Models that
+        are not present have zeros in both of their channels.
+        """
+        present_B1M = given.present_BM.to(torch.float32)[:, None]
+        parts = [given.scores_BNM * present_B1M]
+        if self.channels.hubs:
+            assert self.bank is not None
+            hubs_MBN = self.bank.hubs(given.rows_B, held_out)
+            parts.append(self._in_order(hubs_MBN) * present_B1M)
+        if self.channels.profiles:
+            assert self.bank is not None
+            assert self.bank.profiles is not None
+            folds_B = self.bank.folds(given.rows_B)
+            alike_MBN = self.bank.profiles.similarities(given.references_B, folds_B, held_out)
+            alike_MBN[:, given.absent_BN.numpy()] = np.nan
+            parts.append(self._in_order(np.nan_to_num(zscore(alike_MBN))) * present_B1M)
+        return torch.cat([*parts, given.similarities_BNR], dim=-1)
+
+    def _in_order(self, values_MBN: Scores) -> Tensor:
+        """(B, N, M) in the order of the network's models, from that of the store's."""
+        ordered_BNM = torch.zeros(*values_MBN.shape[1:], len(self.channels.models))
+        for values_BN, name in zip(values_MBN, self.store.models, strict=True):
+            if name in self.channels.models:
+                ordered_BNM[..., self.channels.models.index(name)] = torch.from_numpy(values_BN)
+        return ordered_BNM
+
+    def _references(self, rows_B: Ints) -> Ints:
+        positions = self.store.positions
+        return np.array(
+            [positions.get(self.store.queries[q].reference, -1) if q >= 0 else -1 for q in rows_B],
+            dtype=np.int64,
+        )
+
+    def targets(self, rows_B: Ints) -> Tensor:
+        """(B, T) int64 columns of the targets, -1 where a query has fewer."""
+        queries = [self.store.queries[q] for q in rows_B]
+        return torch.from_numpy(
+            columns_of([query.targets for query in queries], self.store.positions)
+        )
+
+
+def labelled_rows(stores: Sequence[TileStore]) -> Ints:
+    """(Q, 2) int64: number of the store and position in it, of every query with a target."""
+    places = [
+        (s, q)
+        for s, store in enumerate(stores)
+        for q, query in enumerate(store.queries)
+        if query.targets
+    ]
+    return np.array(places, dtype=np.int64).reshape(-1, 2)

@@ -6,8 +6,8 @@ expand, project and head are 1 x 1 convolutions over the models, the filter is d
 candidates with width k. At k = 1 the filter and its activation are left out, and the whole
 collapses to s = w.x + v.relu(E x + b) per candidate: no candidate sees another, so the order of the
 gallery cannot matter. A wider filter needs an order: by mean score (`rank`), which keeps that
-property, or the annotation file's (`file`), which is the paper's and leaks where files are ordered
-by content.
+property, the annotation file's (`file`), which is the paper's and leaks where files are ordered by
+content, or the stored one (`hash`), which is arbitrary.
 
 Shape letters: B queries, N candidates, K channels (models and further statistics), C hidden width.
 """
@@ -16,14 +16,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from dafm_ray.config import Order
 from dafm_ray.errors import ConfigError
 
-Order = Literal["rank", "file"]
 STATISTICS = 4
 """Of a query's scores under one model, seen by the gate; see `query_statistics`."""
 
@@ -92,24 +91,21 @@ class LightFusion(nn.Module):
         inputs_BNK: Tensor,
         absent_BN: Tensor | None = None,
         source_order_N: Tensor | None = None,
-        present_K: Tensor | None = None,
     ) -> Tensor:
         """Fuse.
 
         Args:
-            inputs_BNK: normalised scores and extras, in the order of `shape.channels`.
+            inputs_BNK: normalised scores and extras, in the order of `shape.channels`; 0 where a
+                model is missing.
             absent_BN: bool, candidates that are masked or that no model scored; what stands for
                 them in `inputs_BNK` is not read.
             source_order_N: position of each candidate in the annotation file, for `order: file`.
-            present_K: bool, channels that are there; the rest counts as the mean, 0.
 
         Returns:
             (B, N) scores; -inf for absent candidates.
         """
         if absent_BN is not None:
             inputs_BNK = inputs_BNK.masked_fill(absent_BN[..., None], 0.0)
-        if present_K is not None:
-            inputs_BNK = inputs_BNK * present_K.to(inputs_BNK.dtype)
         if self.gate is not None:
             models = len(self.shape.models)
             scores_BNM = inputs_BNK[..., :models]
@@ -132,6 +128,9 @@ class LightFusion(nn.Module):
             if source_order_N is None:
                 raise ConfigError("fusion: order `file` needs the gallery's source order")
             order_BN = source_order_N.argsort().expand(hidden_BNC.shape[:2])
+        elif self.shape.order == "hash":
+            places_N = torch.arange(hidden_BNC.shape[1], device=hidden_BNC.device)
+            order_BN = places_N.expand(hidden_BNC.shape[:2])
         else:
             mean_BN = inputs_BNK[..., : len(self.shape.models)].mean(-1)
             order_BN = mean_BN.argsort(dim=1, descending=True, stable=True)

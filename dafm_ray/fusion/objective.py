@@ -61,7 +61,9 @@ def _apart(scaled_BN: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor, Tenso
     found_BT = targets_BT >= 0
     columns_BT = targets_BT.clamp(min=0)
     target_BT = scaled_BN.gather(1, columns_BT)
-    found_BT = found_BT & torch.isfinite(target_BT)
+    found_BT = found_BT & (target_BT != -torch.inf)
+    # What is not found must not meet another -inf: their difference has no gradient but NaN.
+    target_BT = target_BT.masked_fill(~found_BT, 0.0)
     rows_BT = torch.arange(len(scaled_BN), device=scaled_BN.device)[:, None].expand_as(columns_BT)
     is_target_BN = torch.zeros_like(scaled_BN, dtype=torch.bool)
     is_target_BN[rows_BT[found_BT], columns_BT[found_BT]] = True

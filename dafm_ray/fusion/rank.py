@@ -47,12 +47,13 @@ def masked_scores(store: TileStore) -> Iterator[Chunk]:
             yield Chunk(part, _masked(store, block, slice(start, start + step), part))
 
 
-def scores_of(store: TileStore, rows_B: Ints) -> Scores:
+def scores_of(store: TileStore, rows_B: Ints, masked: bool = True) -> Scores:
     """Scores of any queries, in the order asked for.
 
     Args:
         store: complete tiles of all its models.
         rows_B: positions of queries in the store.
+        masked: whether excluded candidates are NaN.
 
     Returns:
         (M, B, N) float32, NaN where a candidate is excluded or was not scored.
@@ -62,7 +63,8 @@ def scores_of(store: TileStore, rows_B: Ints) -> Scores:
     for block in np.unique(rows_B // step):
         asked = np.flatnonzero(rows_B // step == block)
         rows = rows_B[asked]
-        scores_MBN[:, asked] = _masked(store, int(block), rows % step, rows.tolist())
+        queries = rows.tolist() if masked else []
+        scores_MBN[:, asked] = _masked(store, int(block), rows % step, queries)
     return scores_MBN
 
 
@@ -101,7 +103,7 @@ def rank_systems(
         targets_QT = columns_of([query.targets for query in queries], store.positions)
         groups_QG = columns_of([query.group for query in queries], store.positions)
         for s, system in enumerate(systems):
-            fused_BN = system(chunk.scores_MBN)
+            fused_BN = system(chunk.scores_MBN, np.array(chunk.rows))
             ranks[s].append(rank_targets(fused_BN, targets_QT))
             if grouped:
                 subsets[s].append(subset_ranks(fused_BN, targets_QT, groups_QG))

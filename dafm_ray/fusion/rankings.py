@@ -11,8 +11,7 @@ from dafm_ray.errors import ConfigError
 from dafm_ray.evaluation.metrics import Scores
 from dafm_ray.files import replacing
 from dafm_ray.fusion.base import Fusion
-from dafm_ray.fusion.rank import masked_scores, singles, top_candidates
-from dafm_ray.fusion.static import static_fusion
+from dafm_ray.fusion.rank import masked_scores, top_candidates
 from dafm_ray.progress import progress
 from dafm_ray.tiles.store import TileStore
 
@@ -24,20 +23,6 @@ SCHEMA = pa.schema(
         pa.field("score", pa.float32(), nullable=False),
     ]
 )
-
-
-def system_named(store: TileStore, name: str) -> Fusion:
-    """A sub-model of the store, or a static fusion.
-
-    Raises:
-        ConfigError: neither has that name.
-    """
-    if name in store.models:
-        return singles(store)[store.models.index(name)]
-    try:
-        return static_fusion(name)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; models of the store: {', '.join(store.models)}") from None
 
 
 def write_rankings(store: TileStore, system: Fusion, top: int, file: Path) -> None:
@@ -68,7 +53,7 @@ def write_rankings(store: TileStore, system: Fusion, top: int, file: Path) -> No
     ):
         for chunk in masked_scores(store):
             queries = [query.id for query in store.queries[chunk.rows.start : chunk.rows.stop]]
-            fused_BN = system(chunk.scores_MBN)
+            fused_BN = system(chunk.scores_MBN, np.array(chunk.rows))
             writer.write_batch(_rows(queries, store.gallery_ids, fused_BN, top))
             shown.advance(len(chunk.rows))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dafm_ray.errors import ConfigError, unknown
-from dafm_ray.evaluation.metrics import Scores
+from dafm_ray.evaluation.metrics import Ints, Scores
 from dafm_ray.fusion.base import Fusion
 from dafm_ray.fusion.normalise import NORMALISATIONS, rank, ranks_of
 
@@ -28,7 +28,7 @@ class Single:
     index: int
     kind: str = "single"
 
-    def __call__(self, scores_MBN: Scores) -> Scores:
+    def __call__(self, scores_MBN: Scores, rows_B: Ints) -> Scores:
         """The model's own scores."""
         own: Scores = scores_MBN[self.index]
         return own
@@ -43,7 +43,7 @@ class Static:
     combine: Callable[[Scores], Scores]
     kind: str = "static"
 
-    def __call__(self, scores_MBN: Scores) -> Scores:
+    def __call__(self, scores_MBN: Scores, rows_B: Ints) -> Scores:
         """Normalise each model's scores per query, then combine over models."""
         normalised = NORMALISATIONS[self.normalisation](scores_MBN)
         return np.where(np.isnan(scores_MBN).all(axis=0), np.nan, self.combine(normalised))
@@ -63,7 +63,7 @@ class Convex:
     name: str = "convex@zscore"
     kind: str = "static"
 
-    def __call__(self, scores_MBN: Scores) -> Scores:
+    def __call__(self, scores_MBN: Scores, rows_B: Ints) -> Scores:
         """sum_m w_m z_m; a missing score counts as the model's mean."""
         normalised = NORMALISATIONS["zscore"](scores_MBN)
         weights_M = np.array(list(self.weights.values()), dtype=scores_MBN.dtype)

@@ -9,14 +9,10 @@ asks for and its equation cannot do.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any
 
-from dafm_ray.errors import ConfigError, unknown
-
-Mode = Literal["paper", "paper_clamped", "centred", "fixed"]
-LOWEST_FACTOR = 0.5
-BOUNDS = (0.25, 5.0)
-"""Of tau, as multiples of where it started."""
+from dafm_ray.config import Recipe, TemperatureMode
+from dafm_ray.errors import ConfigError
 
 MEMORY = 0.9
 """Of the running mean of the loss."""
@@ -30,23 +26,32 @@ class Temperature:
         mode: how the loss moves it.
         start: tau_0, in the units of the scores that are divided by it.
         scaling: S of eq. 7; a loss moves tau by its share of S.
+        lowest_factor: of a step, in mode `paper_clamped`.
+        bounds: of tau, as multiples of its start, in modes `paper_clamped` and `centred`.
         value: tau now.
         trace: (loss, tau after it) of every step.
     """
 
-    mode: Mode
+    mode: TemperatureMode
     start: float
     scaling: float = 500.0
+    lowest_factor: float = 0.5
+    bounds: tuple[float, float] = (0.25, 5.0)
     value: float = field(init=False)
     trace: list[tuple[float, float]] = field(default_factory=list)
     _mean: float | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ConfigError(unknown("temperature mode", self.mode, get_args(Mode)))
         if self.start <= 0 or self.scaling <= 0:
             raise ConfigError("temperature: start and scaling must be above 0")
         self.value = self.start
+
+    @staticmethod
+    def of(recipe: Recipe, start: float) -> "Temperature":
+        """As a recipe says, starting in units of the normalised scores."""
+        return Temperature(
+            recipe.temperature, start, recipe.scaling, recipe.lowest_factor, recipe.tau_bounds
+        )
 
     def update(self, loss: float) -> float:
         """Take the loss of a step; returns tau for the next.
@@ -59,7 +64,7 @@ class Temperature:
             raise ConfigError(f"the loss is {loss} at tau {self.value:g}; raise tau's start")
         moved = self.value * self._factor(loss)
         if self.mode in ("paper_clamped", "centred"):
-            low, high = (bound * self.start for bound in BOUNDS)
+            low, high = (bound * self.start for bound in self.bounds)
             moved = min(max(moved, low), high)
         self.value = moved
         self.trace.append((loss, moved))
@@ -74,7 +79,7 @@ class Temperature:
             return 1 - (loss - before) / self.scaling
         factor = 1 - loss / self.scaling
         if self.mode == "paper_clamped":
-            return min(max(factor, LOWEST_FACTOR), 1.0)
+            return min(max(factor, self.lowest_factor), 1.0)
         if factor <= 0:
             raise ConfigError(
                 f"a loss of {loss:.4g} is not below the scaling factor {self.scaling:g}: tau would "
@@ -82,15 +87,14 @@ class Temperature:
             )
         return factor
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """What a resumed training needs."""
         return {"value": self.value, "trace": list(self.trace), "mean": self._mean}
 
-    def restore(self, state: dict[str, object]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Inverse of `state`."""
-        self.value = float(state["value"])  # type: ignore[arg-type]
-        self.trace = [tuple(pair) for pair in state["trace"]]  # type: ignore[attr-defined]
-        self._mean = state["mean"]  # type: ignore[assignment]
+        self.value, self._mean = state["value"], state["mean"]
+        self.trace = list(state["trace"])
 
 
 def in_score_units(raw: float, mean_deviation: float) -> float:

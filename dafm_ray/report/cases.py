@@ -68,7 +68,10 @@ def sample_cases(
         if not rows:
             continue
         scores_MBN = chunk.scores_MBN[:, [q - chunk.rows.start for q in rows]]
-        tops = {system.name: top_candidates(system(scores_MBN), SHOWN) for system in systems}
+        tops = {
+            system.name: top_candidates(system(scores_MBN, np.array(rows)), SHOWN)
+            for system in systems
+        }
         for b, q in enumerate(rows):
             query = store.queries[q]
             rankings = tuple(

@@ -20,12 +20,14 @@ from dafm_ray.evaluation.overlap import overlap
 from dafm_ray.evaluation.protocols import HEADLINE, protocol
 from dafm_ray.evaluation.significance import Bootstrap, compare
 from dafm_ray.evaluation.summary import Summary, SystemRanks
+from dafm_ray.fusion.artefact import is_artefact
 from dafm_ray.fusion.base import Fusion
-from dafm_ray.fusion.convex import search_convex
 from dafm_ray.fusion.rank import rank_systems, singles
-from dafm_ray.fusion.static import Convex, static_fusion
+from dafm_ray.fusion.static import Convex
+from dafm_ray.fusion.systems import Maker, Systems, tuned_on
 from dafm_ray.progress import progress
 from dafm_ray.report import cases as case_studies
+from dafm_ray.report.figures import temperature_figures
 from dafm_ray.report.page import render
 from dafm_ray.report.stores import refuse_leaks, refuse_unlike
 from dafm_ray.report.tables import Row, Table, to_csv, to_latex, to_markdown
@@ -33,16 +35,18 @@ from dafm_ray.tiles.manifest import Manifest, joint_title
 from dafm_ray.tiles.store import TileStore
 from dafm_ray.tiles.unpack import unpacked
 
-Z_MEAN = "mean@zscore"
+BASELINES = ("mean@zscore", "convex@zscore", "convex@zscore+bank")
+"""Systems that every other one is compared with, beside the best single one."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation: the table and where its files lie."""
+    """A finished evaluation: the table, what it says in words, and where its files lie."""
 
     table: Table
     report: Path
     failures: int
+    notes: tuple[str, ...]
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -57,7 +61,6 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             not belong together.
         MachineError: the output folder cannot be written.
     """
-    systems_named = [static_fusion(name) for name in config.fusions]
     stores = [TileStore(uri) for uri in config.stores]
     refuse_unlike(stores)
     queries = [query for store in stores for query in store.queries]
@@ -65,15 +68,13 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if not len(labelled):
         uris = ", ".join(store.uri for store in stores)
         raise DataError(f"{uris}: no query has a target, so there is nothing to count")
-    systems: list[Fusion] = [*singles(stores[0]), *systems_named]
-    if config.tuning_stores:
-        others = [TileStore(uri) for uri in config.tuning_stores]
-        refuse_leaks(stores, others)
-        systems.append(search_convex(*others))
-    _refuse_same_names(systems)
+    made = _systems(stores, config)
     rules = protocol(stores[0].manifest.protocol)
     with progress("evaluate", len(queries), unit="query") as shown:
-        parts = [rank_systems(store, systems, rules, shown) for store in stores]
+        parts = [
+            rank_systems(store, here.systems, rules, shown)
+            for store, here in zip(stores, made, strict=True)
+        ]
     ranked = [SystemRanks.concatenate(same) for same in zip(*parts, strict=True)]
     counted = [queries[q] for q in labelled]
     categories = [query.category for query in counted]
@@ -81,8 +82,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     manifests = [store.manifest for store in stores]
     table = _table(manifests, counted, summaries, config.seed)
     failures = [failure for store in stores for failure in store.failures()]
-    cases, pictures = _cases(stores, systems, parts, config)
-    page = render(table, manifests, cases, pictures, failures, _notes(table, systems, summaries))
+    cases, pictures = _cases(stores, made, parts, config)
+    notes = _notes(table, made, summaries)
+    figures = temperature_figures(config.fusions)
+    page = render(table, manifests, cases, pictures, failures, notes, figures)
     out = Path(config.out)
     with refusals(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,27 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         for name, text in files.items():
             (out / name).write_text(text, encoding="utf-8")
         pq.write_table(_ranks_table(queries, ranked), out / "ranks.parquet")
-    return Evaluation(table, out / "report.html", len(failures))
+    return Evaluation(table, out / "report.html", len(failures), tuple(notes))
+
+
+def _systems(stores: Sequence[TileStore], config: EvaluateConfig) -> list[Systems]:
+    """The systems of every store, alike in their names."""
+    tuned = None
+    names = list(config.fusions)
+    if config.tuning_stores:
+        others = [TileStore(uri) for uri in config.tuning_stores]
+        refuse_leaks(stores, others)
+        tuned = tuned_on(others, config.bank_t)
+        static = sum(not is_artefact(name) for name in names)
+        names = sorted(names, key=is_artefact)
+        names.insert(static, tuned[0].name)
+    maker = Maker(names, config.bank_t, config.bank, tuned)
+    made = []
+    for store in stores:
+        here = maker.on(store)
+        made.append(Systems([*singles(store), *here.systems], here.notes))
+        _refuse_same_names(made[-1].systems)
+    return made
 
 
 def _refuse_same_names(systems: Sequence[Fusion]) -> None:
@@ -111,17 +134,17 @@ def _refuse_same_names(systems: Sequence[Fusion]) -> None:
 
 def _cases(
     stores: Sequence[TileStore],
-    systems: Sequence[Fusion],
+    made: Sequence[Systems],
     parts: Sequence[Sequence[SystemRanks]],
     config: EvaluateConfig,
 ) -> tuple[list[case_studies.Case], dict[str, str]]:
     """Cases of every store in turn, and their pictures."""
     cases: list[case_studies.Case] = []
     pictures: dict[str, str] = {}
-    for n, (store, ranked) in enumerate(zip(stores, parts, strict=True)):
+    for n, (store, here, ranked) in enumerate(zip(stores, made, parts, strict=True)):
         count = (config.cases + n) // len(stores)
         ranks = {system.name: _ranks(system) for system in ranked}
-        drawn = case_studies.sample_cases(store, systems, ranks, count, config.seed)
+        drawn = case_studies.sample_cases(store, here.systems, ranks, count, config.seed)
         cases.extend(drawn)
         pictures |= _pictures(store, drawn)
     return cases, pictures
@@ -136,7 +159,7 @@ def _table(
     bootstrap = Bootstrap([query.fold_group for query in queries], seed)
     alone = [summary for summary in summaries if summary.system.kind == "single"]
     best = max(alone, key=lambda summary: (summary.percent(HEADLINE), summary.system.name))
-    against = [best, *(s for s in summaries if s.system.name in (Z_MEAN, "convex@zscore"))]
+    against = [best, *(s for s in summaries if s.system.name in BASELINES)]
     rows = []
     for summary in summaries:
         name = summary.system.name
@@ -214,8 +237,10 @@ def _without_groups(manifest: Manifest, queries: Sequence[Query]) -> str:
     )
 
 
-def _notes(table: Table, systems: Sequence[Fusion], summaries: Sequence[Summary]) -> list[str]:
-    """The summary: what wins, by how much, where the convex weights come from, what is missing."""
+def _notes(table: Table, made: Sequence[Systems], summaries: Sequence[Summary]) -> list[str]:
+    """The summary: what wins, by how much, whether learning pays, where weights and banks come
+    from, what is missing.
+    """
     by_name = {row.name: row for row in table.rows}
     best = max(table.rows, key=lambda row: row.metrics[HEADLINE])
     single = by_name[table.baseline]
@@ -231,10 +256,12 @@ def _notes(table: Table, systems: Sequence[Fusion], summaries: Sequence[Summary]
             f"{paired.diff:+.2f} points [{low:+.2f}, {high:+.2f}] against {single.name} on the "
             f"same queries, {verdict} at 95 %."
         )
-    for system in systems:
+    notes.extend(_verdicts(table))
+    for system in made[0].systems:
         if isinstance(system, Convex):
             shares = ", ".join(f"{name} {weight:.2f}" for name, weight in system.weights.items())
             notes.append(f"Convex weights, searched on {system.searched_on}: {shares}.")
+    notes.extend(dict.fromkeys(note for here in made for note in here.notes))
     for summary in summaries:
         unscored = int((summary.system.ranks.stored == UNRANKED).sum())
         if unscored:
@@ -243,6 +270,34 @@ def _notes(table: Table, systems: Sequence[Fusion], summaries: Sequence[Summary]
                 "count as misses."
             )
     return notes
+
+
+def _verdicts(table: Table) -> list[str]:
+    """Whether each learned fusion is above the best of the static ones it is judged by."""
+    static = [row for row in table.rows if row.name in BASELINES]
+    if not static:
+        return []
+    best = max(static, key=lambda row: row.metrics[HEADLINE])
+    said = []
+    for row in table.rows:
+        if row.kind != "learned":
+            continue
+        paired = row.vs[best.name]
+        low, high = paired.ci95
+        points = (
+            f"{row.name} is {paired.diff:+.2f} points [{low:+.2f}, {high:+.2f}] at {HEADLINE} "
+            f"against {best.name} on the same queries"
+        )
+        if low > 0:
+            said.append(f"Learning pays: {points}.")
+        elif high < 0:
+            said.append(f"Learning does harm here: {points}. Use {best.name}.")
+        else:
+            said.append(
+                f"Learning does not pay here: {points}, which may be chance. {best.name} does as "
+                "well without a network."
+            )
+    return said
 
 
 def _pictures(store: TileStore, drawn: Sequence[case_studies.Case]) -> dict[str, str]:

@@ -6,6 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dafm_ray.evaluation.protocols import HEADLINE
 from dafm_ray.report.cases import Case
+from dafm_ray.report.figures import Figure
 from dafm_ray.report.tables import Table
 from dafm_ray.tiles.manifest import Manifest, joint_title
 from dafm_ray.tiles.store import Failure
@@ -20,6 +21,7 @@ def render(
     pictures: Mapping[str, str],
     failures: Sequence[Failure],
     notes: Sequence[str],
+    figures: Sequence[Figure],
 ) -> str:
     """Render the page; every text from the data is escaped.
 
@@ -30,6 +32,7 @@ def render(
         pictures: gallery id -> data URI.
         failures: items that could not be used.
         notes: sentences for the summary.
+        figures: drawings of how fusions were trained.
     """
     environment = Environment(
         loader=PackageLoader("dafm_ray", "report"),
@@ -51,5 +54,6 @@ def render(
         failures=failures[:_FAILURES_SHOWN],
         failures_total=len(failures),
         notes=notes,
+        figures=figures,
         headline=HEADLINE,
     )

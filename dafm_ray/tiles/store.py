@@ -7,6 +7,7 @@ Layout below the root:
     features/MODEL/gallery/000012.DIGEST.arrow   one encode block
     features/MODEL/queries/000003.DIGEST.arrow
     scores/MODEL/00002-00000.DIGEST.arrow        one tile: query block - candidate block
+    banks/IDENTITY/sums.DIGEST.arrow             statistics of a query bank (fusion/bank.py)
     records/...DIGEST.json                       one per finished block, written after it
     quarantine/gallery-000012.json               images that could not be used, with reasons
 
@@ -17,6 +18,8 @@ know what is done, and every block is verified when a process first opens it.
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -26,7 +29,7 @@ import pyarrow as pa
 
 from dafm_ray.config import Precision
 from dafm_ray.datasets.base import Dataset, Query, title_of
-from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.errors import ConfigError, DataError, MachineError
 from dafm_ray.tiles import blocks
 from dafm_ray.tiles.blocks import Array
 from dafm_ray.tiles.manifest import Grid, Manifest, ModelEntry, ScoreType, library_versions
@@ -46,6 +49,10 @@ class Failure:
     reason: str
 
 
+def _reopen(uri: str, models: tuple[str, ...]) -> "TileStore":
+    return TileStore(uri).of(models)
+
+
 def spans(size: int, step: int) -> list[range]:
     """Consecutive ranges of `step` that cover `size`; the last may be shorter."""
     return [range(start, min(start + step, size)) for start in range(0, size, step)]
@@ -63,13 +70,16 @@ class TileStore:
         self.storage: Storage = open_storage(uri)
         self.uri = self.storage.uri
         self._verified: set[str] = set()
+        self._only: tuple[str, ...] | None = None
         try:
             data = self.storage.read("manifest.json")
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(f"{self.uri} is not a tile store: it has no manifest.json") from None
         self.manifest = Manifest.from_bytes(data, f"{self.uri}/manifest.json")
 
-    def __reduce__(self) -> tuple[type["TileStore"], tuple[str]]:
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._only is not None:
+            return _reopen, (self.uri, self._only)
         return type(self), (self.uri,)
 
     @classmethod
@@ -213,7 +223,13 @@ class TileStore:
     @property
     def models(self) -> tuple[str, ...]:
         """Names of the sub-models, sorted."""
-        return tuple(sorted(self.manifest.models))
+        return tuple(sorted(self.manifest.models)) if self._only is None else self._only
+
+    def of(self, models: Iterable[str]) -> "TileStore":
+        """The same store with some of its models only, as if it held no others."""
+        part = copy(self)
+        part._only = tuple(sorted(models))
+        return part
 
     def size(self, role: Role) -> int:
         """Number of candidates or of queries."""
@@ -310,6 +326,22 @@ class TileStore:
         parts = [self.read(score_key(model, query_block, n))[rows] for n in columns]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
+    # Query banks
+
+    def bank(self, identity: str) -> Array | None:
+        """The statistics of a query bank, if they are kept here and sound."""
+        try:
+            return self.read(bank_key(identity))
+        except DataError:
+            return None
+
+    def keep_bank(self, identity: str, statistics: Array) -> None:
+        """Keep the statistics of a query bank beside the tiles; a store that cannot be written is
+        used without.
+        """
+        with suppress(MachineError):
+            self.write(bank_key(identity), statistics)
+
     # Failures
 
     def quarantine(self, role: Role, block: int, failures: Sequence[Failure]) -> None:
@@ -339,7 +371,9 @@ class TileStore:
         }
         for path in self._record_paths():
             kind, model, *place = _parse_record(path)[0].split("/")
-            if kind == "features":
+            if kind == "banks":
+                stale = True
+            elif kind == "features":
                 stale = path.startswith(f"records/{feature_key(model, role, block)}.")
             else:
                 q, n = (int(number) for number in place[0].split("-"))
@@ -462,6 +496,11 @@ def feature_key(model: str, role: Role, block: int) -> str:
 def score_key(model: str, query_block: int, candidate_block: int) -> str:
     """Key of one similarity tile."""
     return f"scores/{model}/{query_block:05d}-{candidate_block:05d}"
+
+
+def bank_key(identity: str) -> str:
+    """Key of a query bank's statistics."""
+    return f"banks/{identity}/sums"
 
 
 def _exists(storage: Storage, path: str) -> bool:

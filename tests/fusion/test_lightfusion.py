@@ -109,16 +109,6 @@ def test_absent_candidates_change_nothing_else():
     assert torch.allclose(found[:, kept], network(scores)[:, kept], atol=1e-6)
 
 
-def test_without_one_model_the_others_still_rank():
-    network = trained(Shape(MODELS))
-    scores = inputs()
-    present = torch.tensor([True, True, False, True])
-    found = network(scores, present_K=present)
-    zeroed = scores.clone()
-    zeroed[..., 2] = 0
-    assert torch.allclose(found, network(zeroed), atol=1e-6)
-
-
 def test_a_file_order_must_be_given():
     with pytest.raises(ConfigError, match="source order"):
         LightFusion(Shape(MODELS, kernel=3, order="file"))(inputs())

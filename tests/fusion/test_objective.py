@@ -41,6 +41,21 @@ def test_masked_candidates_and_missing_targets_give_no_gradient_and_no_nan(objec
 
 
 @pytest.mark.parametrize("objective", [info_nce, log_rank])
+@pytest.mark.parametrize("target", [1, 0])
+def test_a_masked_first_candidate_gives_no_nan_to_queries_with_fewer_targets(objective, target):
+    scores = SCORES.flip(1).clone().requires_grad_()
+    losses = objective(scores, torch.tensor([[1, 2], [target, -1]]), 0.1)
+    losses.sum().backward()
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(scores.grad).all()
+
+
+@pytest.mark.parametrize("objective", [info_nce, log_rank])
+def test_scores_that_are_no_numbers_are_no_small_loss(objective):
+    assert objective(torch.full((1, 3), torch.nan), torch.tensor([[0]]), 0.1).isnan().all()
+
+
+@pytest.mark.parametrize("objective", [info_nce, log_rank])
 def test_a_higher_target_costs_less(objective):
     losses = []
     for target in range(4):

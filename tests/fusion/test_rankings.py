@@ -6,14 +6,20 @@ from dafm_ray.cli import main
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.fusion import rank
 from dafm_ray.fusion.rank import masked_scores
-from dafm_ray.fusion.rankings import system_named, write_rankings
+from dafm_ray.fusion.rankings import write_rankings
 from dafm_ray.fusion.static import static_fusion
+from dafm_ray.fusion.systems import Maker
 from tests.samples import labelled_dataset, score_store
 
 
 @pytest.fixture
 def store(tmp_path):
     return score_store(tmp_path / "store", labelled_dataset(23, 17))
+
+
+def system_named(store, name):
+    [system] = Maker([name]).on(store).systems
+    return system
 
 
 def written(store, name, top, file):
@@ -29,7 +35,7 @@ def test_rankings_are_those_of_sorting_all_fused_scores(tmp_path, store, name):
     expected = []
     for chunk in masked_scores(store):
         for row, q in enumerate(chunk.rows):
-            scores_N = system(chunk.scores_MBN)[row]
+            scores_N = system(chunk.scores_MBN, np.array(chunk.rows))[row]
             order = sorted(
                 (n for n in range(len(scores_N)) if not np.isnan(scores_N[n])),
                 key=lambda n: (-scores_N[n], n),

@@ -65,7 +65,7 @@ def test_combsum_of_minmax_scores_is_equal(cirr_val, every):
     ours = static_fusion("combsum@minmax")
     for scores_MBN, queries in chunks(cirr_val, every):
         theirs = fused(scores_MBN, cirr_val.gallery_ids, queries, norm="min-max", method="sum")
-        np.testing.assert_allclose(ours(scores_MBN), theirs, atol=2e-6)
+        np.testing.assert_allclose(ours(scores_MBN, np.zeros(1, dtype=np.int64)), theirs, atol=2e-6)
 
 
 @pytest.mark.parametrize("every", EVERY)
@@ -80,7 +80,7 @@ def test_reciprocal_ranks_are_equal_but_for_ties(cirr_val, every):
         assert (np.sum(high, axis=0)[present] >= theirs[present] - 1e-7).all()
         broken = -ranks_of(scores_MBN)
         theirs = fused(broken, cirr_val.gallery_ids, queries, **how)
-        np.testing.assert_allclose(ours(scores_MBN), theirs, atol=1e-7)
+        np.testing.assert_allclose(ours(scores_MBN, np.zeros(1, dtype=np.int64)), theirs, atol=1e-7)
 
 
 def bounds(scores_BN):
@@ -113,7 +113,7 @@ def test_four_published_systems_fuse_alike(reference_material, tmp_path):
     theirs = ranx.fuse(runs=runs, norm=None, method="rrf", params={"k": RRF_K})
     rrf = static_fusion("rrf")
     for chunk in masked_scores(store):
-        ours_BN = rrf(chunk.scores_MBN)
+        ours_BN = rrf(chunk.scores_MBN, np.array(chunk.rows))
         for row, ours in zip(chunk.rows, ours_BN, strict=True):
             found = theirs.run[store.queries[row].id]
             present = np.flatnonzero(~np.isnan(ours))

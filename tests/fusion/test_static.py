@@ -13,9 +13,12 @@ SCORES = np.array(
     dtype=np.float32,
 )
 
+ROWS = np.zeros(1, dtype=np.int64)
+"""Static fusions do not read which queries these are."""
+
 
 def fused(name):
-    return static_fusion(name)(SCORES)[0]
+    return static_fusion(name)(SCORES, ROWS)[0]
 
 
 def test_by_hand():
@@ -41,32 +44,32 @@ def test_permutation_of_models_and_candidates(name, seed):
     scores = rng.standard_normal((3, 2, 9)).astype(np.float32)
     models, candidates = rng.permutation(3), rng.permutation(9)
     system = static_fusion(name)
-    straight = system(scores)[:, candidates]
-    assert system(scores[models][:, :, candidates]) == pytest.approx(straight, abs=1e-5)
+    straight = system(scores, ROWS)[:, candidates]
+    assert system(scores[models][:, :, candidates], ROWS) == pytest.approx(straight, abs=1e-5)
 
 
 def test_a_model_without_a_score_adds_nothing():
     scores = np.array([[[0.9, 0.1]], [[NAN, 0.7]]], dtype=np.float32)
-    assert static_fusion("rrf")(scores)[0] == pytest.approx([1 / 61, 1 / 62 + 1 / 61])
+    assert static_fusion("rrf")(scores, ROWS)[0] == pytest.approx([1 / 61, 1 / 62 + 1 / 61])
 
 
 def test_combmnz_counts_the_models_that_retrieve():
     scores = np.stack([np.arange(300, 0, -1), np.arange(1, 301)]).astype(np.float32)[:, None, :]
-    system = static_fusion("combmnz")(scores)[0]
+    system = static_fusion("combmnz")(scores, ROWS)[0]
     assert system[0] == pytest.approx(1 * 1)
-    middle = static_fusion("combsum")(scores)[0][150]
+    middle = static_fusion("combsum")(scores, ROWS)[0][150]
     assert system[150] == pytest.approx(middle)
 
 
 def test_convex_weighs_z_scores():
     convex = Convex({"a": 1.0, "b": 0.0}, "val")
-    assert convex(SCORES)[0].argsort().tolist()[:3] == [2, 1, 0]
-    assert np.isnan(convex(SCORES)[0, 3])
+    assert convex(SCORES, ROWS)[0].argsort().tolist()[:3] == [2, 1, 0]
+    assert np.isnan(convex(SCORES, ROWS)[0, 3])
 
 
 def test_a_single_model_ranks_by_its_own_scores():
-    assert Single("b", 1)(SCORES) is not None
-    assert Single("b", 1)(SCORES)[0].tolist()[:3] == [10, 30, 20]
+    assert Single("b", 1)(SCORES, ROWS) is not None
+    assert Single("b", 1)(SCORES, ROWS)[0].tolist()[:3] == [10, 30, 20]
 
 
 def test_names_are_canonical_and_rules_on_ranks_take_no_normalisation():
@@ -87,7 +90,7 @@ def test_unknown_names_get_the_nearest(name, near):
 def test_equal_sums_tie_whichever_model_gave_which_rank(name):
     """Ranks (1, 4, 3, 2) and (3, 2, 1, 4) of four models have the same sum of reciprocals."""
     ranks = np.array([[1, 3, 2, 4], [4, 2, 1, 3], [3, 1, 2, 4], [2, 4, 1, 3]], dtype=np.float32)
-    fused = static_fusion(name)(-ranks[:, None, :])
+    fused = static_fusion(name)(-ranks[:, None, :], ROWS)
     assert fused[0, 0] == fused[0, 1]
 
 
@@ -95,7 +98,7 @@ def test_equal_sums_tie_whichever_model_gave_which_rank(name):
 def test_borda_ties_wherever_the_ranks_have_the_same_sum(seed, candidates, models):
     rng = np.random.default_rng(seed)
     ranks = np.stack([rng.permutation(candidates) + 1 for _ in range(models)])
-    fused = static_fusion("borda")(-ranks[:, None, :].astype(np.float32))[0]
+    fused = static_fusion("borda")(-ranks[:, None, :].astype(np.float32), ROWS)[0]
     sums = ranks.sum(axis=0)
     assert np.array_equal(fused[:, None] == fused[None], sums[:, None] == sums[None])
     assert np.array_equal(fused[:, None] > fused[None], sums[:, None] < sums[None])

@@ -1,0 +1,385 @@
+"""A trained fusion as a folder that ranks other stores.
+
+fusion.safetensors   weights of every network
+config.json          models in order, channels, protocol, folds, convex weights, metrics
+folds.parquet        the queries that were trained on, and the fold of each
+temperature.csv      network, step, loss, tau
+"""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dafm_ray.config import NetworkConfig, parse_config
+from dafm_ray.errors import ConfigError, DataError, refusals
+from dafm_ray.evaluation.metrics import Ints
+from dafm_ray.files import replacing
+from dafm_ray.fusion.bank import Bank, Banked, bank_of_others, own_bank
+from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.folds import NOBODY, grouped_folds
+from dafm_ray.fusion.inputs import Channels, Inputs
+from dafm_ray.fusion.learned import Learned, OutOfFold, mean_network
+from dafm_ray.fusion.lightfusion import LightFusion, Shape
+from dafm_ray.fusion.reference import References
+from dafm_ray.fusion.static import Convex
+from dafm_ray.tiles.manifest import ModelEntry
+from dafm_ray.tiles.store import TileStore
+
+FORMAT = 1
+WEIGHTS, CONFIG, FOLDS, TRACE = (
+    "fusion.safetensors",
+    "config.json",
+    "folds.parquet",
+    "temperature.csv",
+)
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """A store whose queries were learned from.
+
+    Attributes:
+        title: data set and split.
+        gallery_digest: of its candidates.
+        models: name -> id and weights digest.
+    """
+
+    title: str
+    gallery_digest: str
+    models: dict[str, ModelEntry]
+
+
+@dataclass(frozen=True)
+class Static:
+    """The convex weights beside a network.
+
+    Attributes:
+        held_out: the fold they were searched without.
+        weights: model -> weight.
+        strength: of the bank.
+    """
+
+    held_out: int
+    weights: dict[str, float]
+    strength: float
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `config.json` holds.
+
+    Attributes:
+        models: in the order of the networks' channels.
+        normalisation: of the scores of one query under one model.
+        bank_t: 0 without a bank.
+        profiles: each model has a channel of the similarity of profiles.
+        references: models whose similarity of reference and candidate is a channel.
+        sees_reference: the reference's own score stays at the input.
+        network: size and kind.
+        members: (fold held out, seed) of each network; -1 holds out none.
+        new_queries: `scores` or `weights`.
+        folds: how many.
+        seed: of the folds.
+        convex: weights for each fold held out, and for new queries.
+        stores: what was learned from.
+        protocol: `out-of-fold` or `train->val`.
+        label: protocol of the stores, as `cirr`.
+        mode: of the temperature.
+        model_dropout: probability of a missing model in training.
+        metrics: system -> metric -> percent, of the report made at the end of training.
+    """
+
+    models: tuple[str, ...]
+    normalisation: str
+    bank_t: float
+    profiles: bool
+    references: tuple[str, ...]
+    sees_reference: bool
+    network: NetworkConfig
+    members: tuple[tuple[int, int], ...]
+    new_queries: str
+    folds: int
+    seed: int
+    convex: tuple[Static, ...]
+    stores: tuple[TrainedOn, ...]
+    protocol: str
+    label: str
+    mode: str
+    model_dropout: float
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def channels(self) -> Channels:
+        """Of the networks."""
+        return Channels(
+            self.models, self.normalisation, bool(self.bank_t), self.profiles, self.references
+        )
+
+    @property
+    def name(self) -> str:
+        """What tables call it; everything that makes a number doubtful is in it."""
+        doubts = []
+        if self.network.kernel > 1 and self.network.order != "rank":
+            doubts.append(f"order={self.network.order}")
+        if self.sees_reference:
+            doubts.append("sees reference")
+        return f"lightfusion({', '.join(doubts)})" if doubts else "lightfusion"
+
+    def shape(self, seed: int) -> Shape:
+        """Of a network."""
+        channels = self.channels
+        return Shape(self.models, channels.extras, **asdict(self.network), seed=seed)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A trained fusion.
+
+    Attributes:
+        about: what it is.
+        networks: in the order of `about.members`.
+        fold_of: for each store of `about.stores`, query id -> fold.
+    """
+
+    about: Description
+    networks: tuple[LightFusion, ...]
+    fold_of: tuple[Mapping[str, int], ...]
+
+    @property
+    def new_networks(self) -> tuple[LightFusion, ...]:
+        """What ranks queries that were not trained on."""
+        averaged = self.about.new_queries == "weights" and len(self.networks) > 1
+        return (mean_network(self.networks),) if averaged else self.networks
+
+    def save(self, folder: Path, traces: Sequence[Sequence[tuple[float, float]]]) -> None:
+        """Write the folder.
+
+        Args:
+            folder: made if it is not there.
+            traces: (loss, tau) of every step, network by network.
+
+        Raises:
+            MachineError: it cannot be written.
+        """
+        tensors = {
+            f"{n}.{key}": value.detach().cpu().contiguous()
+            for n, network in enumerate(self.networks)
+            for key, value in network.state_dict().items()
+        }
+        places = [
+            (store, query, fold)
+            for store, folds in enumerate(self.fold_of)
+            for query, fold in folds.items()
+        ]
+        stores, queries, folds = zip(*places, strict=True)
+        table = pa.table({"store": stores, "query": queries, "fold": folds})
+        with refusals(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / WEIGHTS) as file:
+                save_file(tensors, file)
+            with replacing(folder / FOLDS) as file:
+                pq.write_table(table, file)
+            with replacing(folder / TRACE) as file, file.open("w", newline="") as stream:
+                writer = csv.writer(stream, lineterminator="\n")
+                writer.writerow(["network", "step", "loss", "tau"])
+                for n, trace in enumerate(traces):
+                    writer.writerows((n, step, *pair) for step, pair in enumerate(trace))
+        write_description(folder, self.about)
+
+    def on(self, store: TileStore, bank_source: TileStore | None = None) -> "Fitted":
+        """The fusion, and the static ones it is judged by, as systems of a store.
+
+        Args:
+            store: complete tiles of its models, which are some or all of the fusion's.
+            bank_source: other queries over the same gallery, of which a bank is made; by default
+                the store's own queries, each without its fold.
+
+        Raises:
+            DataError: none of the fusion's models is there, other weights, or its queries were
+                learned from without holding them out.
+        """
+        about = self.about
+        self._refuse_other_models(store)
+        trained_Q = self._folds_of(store)
+        known = trained_Q != NOBODY
+        if known.any() and about.protocol != "out-of-fold":
+            raise DataError(
+                f"the fusion was trained on {known.sum()} queries of {store.uri}; numbers on them "
+                "would be a leak. Report on other queries, or train with protocol: out-of-fold"
+            )
+        bank = self._bank(store, trained_Q, bank_source) if about.bank_t else None
+        if about.references:
+            References(store, about.references).refuse_absent()
+        inputs = Inputs(store, about.channels, bank, about.sees_reference)
+        by_fold: dict[int, tuple[LightFusion, ...]] = {NOBODY: self.new_networks}
+        for network, (held_out, _) in zip(self.networks, about.members, strict=True):
+            if held_out != NOBODY:
+                by_fold[held_out] = (*by_fold.get(held_out, ()), network)
+        systems: list[Fusion] = []
+        if set(store.models) == set(about.models):
+            systems = self._static(store, trained_Q, bank)
+        learned = Learned(about.name, by_fold, inputs, trained_Q)
+        missing = tuple(name for name in about.models if name not in store.models)
+        return Fitted((*systems, learned), learned, bank, missing, bool(known.any()))
+
+    def _static(self, store: TileStore, trained_Q: Ints, bank: Bank | None) -> list[Fusion]:
+        titles = " + ".join(trained.title for trained in self.about.stores)
+        parts: dict[int, Fusion] = {}
+        banked: dict[int, Fusion] = {}
+        for static in self.about.convex:
+            in_order = {name: static.weights[name] for name in store.models}
+            parts[static.held_out] = Convex(in_order, titles)
+            if bank is not None:
+                banked[static.held_out] = Banked(parts[static.held_out], bank, static.strength)
+        found = [parts, banked] if bank is not None else [parts]
+        return [OutOfFold(system[NOBODY].name, "static", system, trained_Q) for system in found]
+
+    def _refuse_other_models(self, store: TileStore) -> None:
+        if not set(store.models) & set(self.about.models):
+            raise DataError(
+                f"{store.uri} holds {', '.join(store.models)}; the fusion was trained on "
+                f"{', '.join(self.about.models)}"
+            )
+        for trained in self.about.stores:
+            for name in set(store.models) & set(self.about.models):
+                if not trained.models[name].may_equal(store.manifest.models[name]):
+                    raise DataError(
+                        f"model {name} has other weights in {store.uri} than the fusion was "
+                        "trained with"
+                    )
+
+    def _folds_of(self, store: TileStore) -> Ints:
+        """The fold each query of a store was in; `NOBODY` for one that was not learned from."""
+        fold_of_Q = np.full(store.size("queries"), NOBODY)
+        manifest = store.manifest
+        for trained, folds in zip(self.about.stores, self.fold_of, strict=True):
+            if manifest.gallery_digest == trained.gallery_digest or manifest.title == trained.title:
+                for q, query in enumerate(store.queries):
+                    fold_of_Q[q] = folds.get(query.id, fold_of_Q[q])
+        return fold_of_Q
+
+    def _bank(self, store: TileStore, trained_Q: Ints, source: TileStore | None) -> Bank:
+        about = self.about
+        if source is not None:
+            return bank_of_others(store, source, about.bank_t, about.profiles)
+        if (trained_Q == NOBODY).all():
+            fold_of_Q = bank_folds(store, about.folds, about.seed)
+        else:
+            fold_of_Q = np.where(trained_Q == NOBODY, about.folds, trained_Q)
+        return own_bank(store, fold_of_Q, about.bank_t, about.profiles)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An artefact on a store.
+
+    Attributes:
+        systems: the static systems of the same folds, and the learned one.
+        learned: the last of them.
+        bank: of the store, if the fusion has one.
+        missing: models of the fusion that the store lacks.
+        out_of_fold: whether queries were learned from, each ranked by what did not see it.
+    """
+
+    systems: tuple[Fusion, ...]
+    learned: Learned
+    bank: Bank | None
+    missing: tuple[str, ...]
+    out_of_fold: bool
+
+    def called(self, name: str) -> "Fitted":
+        """The same under another name, for tables with several."""
+        learned = replace(self.learned, name=name)
+        return replace(self, systems=(*self.systems[:-1], learned), learned=learned)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the numbers has to know."""
+        notes = []
+        if self.out_of_fold:
+            notes.append(
+                f"{self.learned.name} and convex weights rank every query with what was trained "
+                "on the other folds."
+            )
+        if self.bank is not None:
+            notes.append(self.bank.note)
+        if self.missing:
+            notes.append(f"{self.learned.name} does without {', '.join(self.missing)}.")
+        return notes
+
+
+def bank_folds(store: TileStore, folds: int, seed: int) -> Ints:
+    """Grouped folds for the bank of a store's own queries, fewer where there are few groups."""
+    alone = sum(not query.fold_group for query in store.queries)
+    groups = len({query.fold_group for query in store.queries if query.fold_group}) + alone
+    if groups < 2:
+        return np.zeros(store.size("queries"), dtype=np.int64)
+    return grouped_folds(store.queries, min(folds, groups), seed)
+
+
+def write_description(folder: Path, about: Description) -> None:
+    """Write `config.json`; it comes last, so that a folder with one is whole."""
+    with refusals(folder), replacing(folder / CONFIG) as file:
+        file.write_text(json.dumps(asdict(about), indent=1) + "\n", encoding="utf-8")
+
+
+def record_metrics(folder: Path, metrics: dict[str, dict[str, float]]) -> None:
+    """Write into `config.json` what was measured at the end of training."""
+    write_description(folder, replace(load_artefact(folder).about, metrics=metrics))
+
+
+def is_artefact(name: str) -> bool:
+    """Whether a name is the folder of a trained fusion."""
+    return (Path(name) / WEIGHTS).is_file() and (Path(name) / CONFIG).is_file()
+
+
+def load_artefact(folder: str | Path) -> Artefact:
+    """Read a trained fusion.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    root = Path(folder)
+    try:
+        values = json.loads((root / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(root / WEIGHTS)
+        places = pq.read_table(root / FOLDS).to_pydict()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{root} is no trained fusion: it has no {Path(error.filename).name}"
+        ) from None
+    except (ValueError, OSError, SafetensorError) as error:
+        raise DataError(f"{root} is no trained fusion, or it is damaged: {error}") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise DataError(f"{root / CONFIG} has no format {FORMAT}, which this version reads")
+    try:
+        about = parse_config(Description, values, str(root / CONFIG))
+        networks = tuple(
+            _network(about, n, seed, tensors) for n, (_, seed) in enumerate(about.members)
+        )
+    except (ConfigError, KeyError, RuntimeError) as error:
+        raise DataError(f"{root} is damaged: {error}") from None
+    fold_of: list[dict[str, int]] = [{} for _ in about.stores]
+    for store, query, fold in zip(
+        *(places[key] for key in ("store", "query", "fold")), strict=True
+    ):
+        fold_of[store][query] = fold
+    return Artefact(about, networks, tuple(fold_of))
+
+
+def _network(about: Description, n: int, seed: int, tensors: Mapping[str, Any]) -> LightFusion:
+    network = LightFusion(about.shape(seed))
+    prefix = f"{n}."
+    own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+    network.load_state_dict(own)
+    return network.eval()

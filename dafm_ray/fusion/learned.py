@@ -1,0 +1,99 @@
+"""Trained networks as a system of one store: each query is ranked by what has not seen it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dafm_ray.evaluation.metrics import Ints, Scores
+from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.fit import CACHED_CANDIDATES
+from dafm_ray.fusion.folds import NOBODY
+from dafm_ray.fusion.inputs import Inputs
+from dafm_ray.fusion.lightfusion import LightFusion
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """A system a fold, searched or trained without it.
+
+    Attributes:
+        name: what tables call it.
+        kind: of its parts.
+        parts: fold -> system; `NOBODY` -> the system of queries that are in no fold.
+        fold_of_Q: fold of each query of the store.
+    """
+
+    name: str
+    kind: str
+    parts: dict[int, Fusion]
+    fold_of_Q: Ints
+
+    def __call__(self, scores_MBN: Scores, rows_B: Ints) -> Scores:
+        """Every query by its own part."""
+        fused_BN = np.empty(scores_MBN.shape[1:], scores_MBN.dtype)
+        for fold, asked in by_fold(self.fold_of_Q, rows_B):
+            fused_BN[asked] = self.parts[fold](scores_MBN[:, asked], rows_B[asked])
+        return fused_BN
+
+
+@dataclass(frozen=True)
+class Learned:
+    """LightFusion networks.
+
+    Attributes:
+        name: what tables call it.
+        networks: fold -> the networks that did not see it; `NOBODY` -> those of new queries.
+        inputs: reads the store.
+        fold_of_Q: fold of each query of the store; `NOBODY` for one that nothing was trained on.
+        kind: of the table.
+    """
+
+    name: str
+    networks: dict[int, tuple[LightFusion, ...]]
+    inputs: Inputs
+    fold_of_Q: Ints
+    kind: str = "learned"
+
+    def __call__(
+        self, scores_MBN: Scores, rows_B: Ints, similarities_RBN: Scores | None = None
+    ) -> Scores:
+        """Mean of the networks; as in `Fusion`, with the similarity of references of no store."""
+        given = self.inputs.of(scores_MBN, rows_B, similarities_RBN)
+        fused_BN = np.empty(scores_MBN.shape[1:], np.float32)
+        for fold, asked in by_fold(self.fold_of_Q, rows_B):
+            part = given.select(asked)
+            channels_BNK = self.inputs.complete(part, fold)
+            fused_BN[asked] = self._mean(self.networks[fold], channels_BNK, part.absent_BN)
+        fused_BN[given.absent_BN.numpy()] = np.nan
+        return fused_BN
+
+    def _mean(
+        self, networks: Sequence[LightFusion], channels_BNK: Tensor, absent_BN: Tensor
+    ) -> Scores:
+        source_order_N = torch.tensor(self.inputs.store.source_order)
+        step = max(1, CACHED_CANDIDATES // channels_BNK.shape[1])
+        parts = []
+        with torch.inference_mode():
+            for start in range(0, len(channels_BNK), step):
+                piece = slice(start, start + step)
+                given = channels_BNK[piece], absent_BN[piece], source_order_N
+                parts.append(sum(network(*given) for network in networks) / len(networks))
+        mean_BN: Scores = torch.cat(parts).numpy()
+        return mean_BN
+
+
+def by_fold(fold_of_Q: Ints, rows_B: Ints) -> list[tuple[int, Ints]]:
+    """(fold, places in the batch); queries of no store, or of no fold, under `NOBODY`."""
+    fold_of_B = np.where(rows_B >= 0, fold_of_Q[rows_B], NOBODY)
+    return [(int(fold), np.flatnonzero(fold_of_B == fold)) for fold in np.unique(fold_of_B)]
+
+
+def mean_network(networks: Sequence[LightFusion]) -> LightFusion:
+    """One network whose weights are the mean of several of one shape."""
+    mean = LightFusion(networks[0].shape)
+    states = [network.state_dict() for network in networks]
+    mean.load_state_dict({key: torch.stack([s[key] for s in states]).mean(0) for key in states[0]})
+    return mean

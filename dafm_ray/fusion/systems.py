@@ -1,0 +1,138 @@
+"""Names of systems, as commands take them, made into systems of a store."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.fusion.artefact import Artefact, bank_folds, is_artefact, load_artefact
+from dafm_ray.fusion.bank import SUFFIX, Bank, Banked, bank_of_others, own_bank
+from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.convex import search_convex, search_strengths
+from dafm_ray.fusion.folds import NOBODY
+from dafm_ray.fusion.rank import singles
+from dafm_ray.fusion.static import Convex, static_fusion
+from dafm_ray.tiles.store import TileStore
+
+STRENGTH = 0.75
+"""Of a bank that is asked for by name alone; what every fold of CIRR val chooses."""
+
+BANK_T = 1.5
+
+FOLDS = 5
+
+
+@dataclass
+class Systems:
+    """What ranks the queries of one store.
+
+    Attributes:
+        systems: in the order of the tables.
+        notes: what a reader of their numbers has to know.
+    """
+
+    systems: list[Fusion] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes systems of any store by their names.
+
+    Attributes:
+        names: sub-models, static fusions, any of them with `+bank` or `+bank:STRENGTH`, and
+            folders of trained fusions.
+        bank_t: of the banks that names ask for.
+        bank_source: store of other queries over the same gallery, of which banks are made; empty
+            takes the store's own queries, each without its fold.
+        tuned: convex weights searched on other stores, and the strength of their bank.
+    """
+
+    names: Sequence[str]
+    bank_t: float = BANK_T
+    bank_source: str = ""
+    tuned: tuple[Convex, float] | None = None
+    artefacts: dict[str, Artefact] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if is_artefact(name):
+                self.artefacts[name] = load_artefact(name)
+
+    def on(self, store: TileStore) -> Systems:
+        """The systems of a store.
+
+        Raises:
+            ConfigError: a name that says nothing.
+            DataError: see `Artefact.on`.
+        """
+        found = Systems()
+        source = TileStore(self.bank_source) if self.bank_source else None
+        for name in self.names:
+            if name in self.artefacts:
+                fitted = self.artefacts[name].on(store, source)
+                if len(self.artefacts) > 1:
+                    fitted = fitted.called(f"{fitted.learned.name}:{Path(name).name}")
+                taken = {system.name for system in found.systems}
+                found.systems.extend(s for s in fitted.systems if s.name not in taken)
+                found.notes.extend(note for note in fitted.notes if note not in found.notes)
+            else:
+                found.systems.append(self._static(store, source, name, found.notes))
+        return found
+
+    def _static(
+        self, store: TileStore, source: TileStore | None, name: str, notes: list[str]
+    ) -> Fusion:
+        plain, plus, option = name.partition(SUFFIX)
+        system, strength = self._plain(store, plain)
+        if not plus:
+            return system
+        if option:
+            try:
+                strength = float(option.removeprefix(":"))
+            except ValueError:
+                raise ConfigError(
+                    f"{name!r}: write {SUFFIX}:STRENGTH, as mean{SUFFIX}:0.5"
+                ) from None
+        bank = self._bank(store, source)
+        if bank.note not in notes:
+            notes.append(bank.note)
+        return Banked(system, bank, strength)
+
+    def _plain(self, store: TileStore, name: str) -> tuple[Fusion, float]:
+        """A system and the strength of the bank it should have."""
+        if name in store.models:
+            return singles(store)[store.models.index(name)], STRENGTH
+        if self.tuned is not None and name == self.tuned[0].name:
+            return self.tuned
+        if (Path(name).is_dir() or "/" in name) and not is_artefact(name):
+            raise ConfigError(f"{name} is no folder of a trained fusion")
+        try:
+            return static_fusion(name), STRENGTH
+        except ConfigError as error:
+            models = ", ".join(store.models)
+            raise ConfigError(f"{error}; models of the store: {models}") from None
+
+    def _bank(self, store: TileStore, source: TileStore | None) -> Bank:
+        if source is not None:
+            return bank_of_others(store, source, self.bank_t)
+        return own_bank(store, bank_folds(store, FOLDS, 0), self.bank_t)
+
+
+def tuned_on(stores: Sequence[TileStore], bank_t: float = BANK_T) -> tuple[Convex, float]:
+    """Convex weights searched on stores of other queries, and the strength of their bank."""
+    convex = search_convex(*stores)
+    banks = [own_bank(store, bank_folds(store, FOLDS, 0), bank_t) for store in stores]
+    return convex, search_strengths(stores, banks, [convex], [NOBODY])[0]
+
+
+def complete_part(store: TileStore) -> TileStore:
+    """The store with the models whose tiles are all there.
+
+    Raises:
+        DataError: there is none.
+    """
+    whole = [name for name in store.models if not store.missing([name])]
+    if not whole:
+        raise DataError(f"{store.uri}: no model's tiles are complete; run `dafm precompute` first")
+    return store if len(whole) == len(store.models) else store.of(whole)
