@@ -18,7 +18,7 @@ import torch
 from dafm_ray.config import FusionConfig, parse_config
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.evaluation.metrics import Ints
-from dafm_ray.fusion.artefact import Artefact, Description, Static, TrainedOn
+from dafm_ray.fusion.artefact import Artefact, Description, Static, TrainedOn, is_artefact
 from dafm_ray.fusion.bank import own_bank
 from dafm_ray.fusion.convex import search_folds, search_strengths
 from dafm_ray.fusion.fit import Member, Share, fit, members_of
@@ -55,7 +55,7 @@ class Plan:
 
 
 def train_fusion(config: FusionConfig) -> Path:
-    """Train on Ray Train; returns the folder of the artefact, `config.out`.
+    """Train on Ray Train, unless it is done; returns the folder of the artefact, `config.out`.
 
     Raises:
         ConfigError: keys that contradict each other, or tau cannot go on, see `Temperature`.
@@ -75,10 +75,12 @@ def train_fusion(config: FusionConfig) -> Path:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     stores = open_stores(config)
     out = Path(config.out).resolve()
-    claim(out, config, _MACHINE)
-    plan = prepare(config, stores)
     ensure_ray()
     refuse_larger(config.workers, 1, config.use_gpu)
+    claim(out, config, _MACHINE)
+    if is_artefact(str(out)):
+        return out
+    plan = prepare(config, stores)
     absolute = replace(config, out=str(out), store=tuple(store.uri for store in stores))
     trainer = TorchTrainer(
         _worker,
