@@ -104,7 +104,7 @@ def _ours(model_id: str, root: Path, block: int, actors: int) -> float:
         ensure_ray()
         quiet_data()
         with progress("encode", 1) as shown:
-            encode(store, dataset, [ModelConfig("a", model_id, actors, GPUS)], shown)
+            encode([(store, dataset)], [ModelConfig("a", model_id, actors, GPUS)], shown)
         records = Path(folder, "records", "features", "a", "gallery").glob("*.json")
         times = sorted(record.stat().st_mtime for record in records)
     # By then every actor has loaded its model and worked off what was decoded meanwhile.

@@ -184,6 +184,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     evaluation = run_demo(arguments.out, arguments.from_scratch, say)
     print(to_markdown(evaluation.table))
+    print("\n".join(evaluation.notes))
     print(f"report: {evaluation.report.resolve()}")
     return DONE
 

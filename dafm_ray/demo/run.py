@@ -1,7 +1,8 @@
 """The whole way on the icons: encode, tiles, fusion, evaluation, report.
 
-The sub-models are tiny and their trained weights ship with the package. Convex weights are
-searched on the val split; the report is on the test split, whose concepts no model has seen.
+The sub-models are tiny and their trained weights ship with the package. The fusion and the convex
+weights beside it learn from the val split; the report is on the test split, whose concepts no model
+has seen.
 """
 
 import importlib.resources
@@ -12,17 +13,21 @@ from pathlib import Path
 import torch
 
 from dafm_ray.config import (
+    STATIC_FUSIONS,
     DatasetConfig,
     EvaluateConfig,
     FinetuneConfig,
+    FusionConfig,
     ModelConfig,
     PrecomputeConfig,
     load_config,
 )
+from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.finetune.trainer import finetune, save_weights
+from dafm_ray.fusion.train import train_fusion
 from dafm_ray.models.registry import load_model
 from dafm_ray.report.evaluate import Evaluation, evaluate
-from dafm_ray.tiles.precompute import precompute
+from dafm_ray.tiles.precompute import precompute_together
 
 TOWERS = "blip4cir_towers"
 STAGES = {
@@ -65,20 +70,33 @@ def run_demo(out: Path, from_scratch: bool, say: Callable[[str], None]) -> Evalu
     weights, stores = SHIPPED, out
     if from_scratch:
         weights, stores = str(train_demo_weights(out / "training", say)), out / "from-scratch"
-    for split in ("val", "test"):
-        say(f"icons {split}: features and similarity tiles")
-        outcome = precompute(
-            PrecomputeConfig(
-                dataset=DatasetConfig("icons", split),
-                models=demo_models(weights),
-                store=str(stores / split),
-            )
+    say("icons val and test: features and similarity tiles")
+    configs = [
+        PrecomputeConfig(
+            dataset=DatasetConfig("icons", split),
+            models=demo_models(weights),
+            store=str(stores / split),
         )
-        say(f"  {outcome.blocks} blocks computed, the rest was there")
-    say("fusion and evaluation on icons test, convex weights searched on icons val")
+        for split in ("val", "test")
+    ]
+    datasets = [load_dataset(config.dataset) for config in configs]
+    blocks = sum(outcome.blocks for outcome in precompute_together(configs, datasets))
+    say(f"  {blocks} blocks computed, the rest was there")
+    say("fusion: convex weights and LightFusion learn from icons val")
+    fusion = train_fusion(
+        FusionConfig(
+            store=str(stores / "val"),
+            validation=str(stores / "test"),
+            protocol="train->val",
+            out=str(stores / "fusion"),
+        )
+    )
+    say("evaluation on icons test")
     return evaluate(
         EvaluateConfig(
-            store=str(stores / "test"), out=str(stores / "report"), tune_on=str(stores / "val")
+            store=str(stores / "test"),
+            out=str(stores / "report"),
+            fusions=(*STATIC_FUSIONS, str(fusion)),
         )
     )
 

@@ -24,8 +24,8 @@ from dafm_ray.finetune.triplets import Batch, Triplets, epoch_batches, load_batc
 from dafm_ray.finetune.validation import validation_recall
 from dafm_ray.models.base import Contrast, FrozenModel
 from dafm_ray.models.registry import resolve
-from dafm_ray.progress import followed, status_line
-from dafm_ray.runs import STATUS, cause, claim, refuse_larger
+from dafm_ray.progress import status_line
+from dafm_ray.runs import STATUS, claim, refuse_larger, run_workers
 from dafm_ray.session import ensure_ray
 
 SELECTION = "R@10"
@@ -248,15 +248,6 @@ def finetune(config: FinetuneConfig) -> Path:
     Raises:
         ConfigError, DataError: see `build` and `train`.
     """
-    from ray.train import (
-        CheckpointConfig,
-        FailureConfig,
-        RunConfig,
-        ScalingConfig,
-        TrainingFailedError,
-    )
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     # Relative paths of the configuration stay relative to where the job was started.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     start = build(config)
@@ -264,30 +255,17 @@ def finetune(config: FinetuneConfig) -> Path:
     ensure_ray()
     refuse_larger(config.workers, config.cpus_per_worker, config.use_gpu)
     claim(out, config, _MACHINE)
-    resources = {"CPU": float(config.cpus_per_worker), "GPU": float(config.use_gpu)}
-    trainer = TorchTrainer(
+    checkpoint = run_workers(
         _worker,
-        train_loop_config=asdict(replace(config, out=str(out))),
-        scaling_config=ScalingConfig(
-            num_workers=config.workers,
-            use_gpu=config.use_gpu,
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
-            name="checkpoints",
-            storage_path=str(out),
-            failure_config=FailureConfig(max_failures=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-        ),
-        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+        asdict(replace(config, out=str(out))),
+        out,
+        config.epochs,
+        config.workers,
+        config.cpus_per_worker,
+        config.use_gpu,
+        "train",
     )
-    try:
-        with followed("train", config.epochs, out / STATUS, "epoch"):
-            result = trainer.fit()
-    except TrainingFailedError as error:
-        raise cause(error) from None
-    assert result.checkpoint is not None
-    with result.checkpoint.as_directory() as folder:
+    with checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / "state.pt", weights_only=True)
         history = json.loads((Path(folder) / "history.json").read_text())
     start.module.load_state_dict(state["best"])

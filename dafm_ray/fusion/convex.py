@@ -78,18 +78,18 @@ def search_folds(
 class _Ahead:
     """Candidates that are not below the target under every model, by their lead over it.
 
-    Attributes:
+    Args:
         leads_MP: float32, z-score of a candidate less the target's.
-        starts_S: int64, where the candidates of each (query, target) begin in P.
-        query_of_S: int64, the first segment of each query.
-        fold_of_Q: fold of each query that has a target.
+        sizes_S: int64, how many of P belong to each (query, target).
+        targets_Q: int64, how many of S belong to each query.
+        fold_of_Q: of each query.
     """
 
     def __init__(self, leads_MP: Scores, sizes_S: Ints, targets_Q: Ints, fold_of_Q: Ints) -> None:
         self.leads_MP = leads_MP
         self.fold_of_Q = fold_of_Q
-        self._ends_S = np.cumsum(sizes_S)
-        self._starts_S = self._ends_S - sizes_S
+        self._sizes_S = sizes_S
+        self._starts_S = np.cumsum(sizes_S) - sizes_S
         self._first_Q = np.cumsum(targets_Q) - targets_Q
         self._known: dict[tuple[float, ...], Floats] = {}
 
@@ -97,9 +97,13 @@ class _Ahead:
         """(Q,) log2 rank of the best target, ties counted half."""
         key = tuple(np.round(weights_M, 6).tolist())
         if key not in self._known:
-            signs_P = np.sign(np.array(key, dtype=np.float32) @ self.leads_MP)
-            passed_P = np.concatenate([[0.0], np.cumsum((signs_P + 1) / 2, dtype=np.float64)])
-            ranks_S = 1 + passed_P[self._ends_S] - passed_P[self._starts_S]
+            leads_P = np.array(key, dtype=np.float32) @ self.leads_MP
+            # Twice the candidates ahead: 2 for one that leads, 1 for one that ties.
+            doubled_P = (leads_P > 0).view(np.int8) + (leads_P >= 0).view(np.int8)
+            ranks_S = np.ones(len(self._sizes_S))
+            filled_S = np.flatnonzero(self._sizes_S)
+            sums = np.add.reduceat(doubled_P, self._starts_S[filled_S], dtype=np.int64)
+            ranks_S[filled_S] += sums / 2
             self._known[key] = np.log2(np.minimum.reduceat(ranks_S, self._first_Q))
         return self._known[key]
 

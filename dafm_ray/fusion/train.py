@@ -28,15 +28,13 @@ from dafm_ray.fusion.lightfusion import LightFusion, Shape
 from dafm_ray.fusion.rank import masked_scores
 from dafm_ray.fusion.reference import References
 from dafm_ray.fusion.temperature import in_score_units
-from dafm_ray.progress import followed, status_line
-from dafm_ray.runs import STATUS, cause, claim, refuse_larger
+from dafm_ray.progress import status_line
+from dafm_ray.runs import STATUS, claim, refuse_larger, run_workers
 from dafm_ray.session import ensure_ray
 from dafm_ray.tiles.store import TileStore
 
 _MACHINE = frozenset({"workers", "use_gpu", "out", "cases", "validation"})
 """Keys that may change between two starts of one run."""
-
-RUN = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -62,15 +60,6 @@ def train_fusion(config: FusionConfig) -> Path:
         DataError: a store is incomplete or damaged, the stores hold other models, or no query has
             a target.
     """
-    from ray.train import (
-        CheckpointConfig,
-        FailureConfig,
-        RunConfig,
-        ScalingConfig,
-        TrainingFailedError,
-    )
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     # Relative paths of the configuration stay relative to where the job was started.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     stores = open_stores(config)
@@ -82,29 +71,17 @@ def train_fusion(config: FusionConfig) -> Path:
         return out
     plan = prepare(config, stores)
     absolute = replace(config, out=str(out), store=tuple(store.uri for store in stores))
-    trainer = TorchTrainer(
+    checkpoint = run_workers(
         _worker,
-        train_loop_config={"config": asdict(absolute), "plan": asdict(plan)},
-        scaling_config=ScalingConfig(
-            num_workers=config.workers,
-            use_gpu=config.use_gpu,
-            resources_per_worker={"CPU": 1.0, "GPU": float(config.use_gpu)},
-        ),
-        run_config=RunConfig(
-            name=RUN,
-            storage_path=str(out),
-            failure_config=FailureConfig(max_failures=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-        ),
-        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+        {"config": asdict(absolute), "plan": asdict(plan)},
+        out,
+        config.recipe.epochs,
+        config.workers,
+        1,
+        config.use_gpu,
+        "fuse",
     )
-    try:
-        with followed("fuse", config.recipe.epochs, out / STATUS, "epoch"):
-            result = trainer.fit()
-    except TrainingFailedError as error:
-        raise cause(error) from None
-    assert result.checkpoint is not None
-    with result.checkpoint.as_directory() as folder:
+    with checkpoint.as_directory() as folder:
         states = torch.load(Path(folder) / "state.pt", weights_only=True)["members"]
     members = build(config, plan)
     for member, state in zip(members, states, strict=True):

@@ -24,6 +24,8 @@ from dafm_ray.tiles.transit import arrived, pack, staged
 if TYPE_CHECKING:
     from PIL import Image
 
+    from dafm_ray.config import Precision
+    from dafm_ray.models.base import FrozenModel
     from dafm_ray.tiles.forward import Forward
 
 DECODE_CPUS = 0.5
@@ -38,6 +40,7 @@ class Unit:
     """One encode block on its way through the pipeline.
 
     Attributes:
+        part: which of the stores it belongs to.
         images: the distinct images of the block, decoded, or the reason why one is unusable.
             Candidates have one each; queries share their references.
         image_index: which image each item uses.
@@ -45,6 +48,7 @@ class Unit:
         todo: models whose block is not finished.
     """
 
+    part: int
     role: Role
     block: int
     ids: tuple[str, ...]
@@ -62,28 +66,35 @@ class Encoded(NamedTuple):
     failures: int
 
 
-def plan_units(store: TileStore, dataset: Dataset, models: Sequence[str]) -> list[Unit]:
-    """Blocks that at least one of `models` has not finished."""
+Part = tuple[TileStore, Dataset]
+"""A store and what opens the images it is made of."""
+
+
+def plan_units(part: int, store: TileStore, dataset: Dataset, models: Sequence[str]) -> list[Unit]:
+    """Blocks of a store that at least one of `models` has not finished."""
     done = store.finished()
     units: list[Unit] = []
     for role in ROLES:
         for block, rows in enumerate(spans(store.size(role), store.manifest.grid.encode_block)):
             todo = tuple(m for m in models if feature_key(m, role, block) not in done)
             if todo:
-                units.append(_unit(dataset, role, block, rows, todo))
+                units.append(_unit(part, dataset, role, block, rows, todo))
     return units
 
 
-def _unit(dataset: Dataset, role: Role, block: int, rows: range, todo: tuple[str, ...]) -> Unit:
+def _unit(
+    part: int, dataset: Dataset, role: Role, block: int, rows: range, todo: tuple[str, ...]
+) -> Unit:
     gallery = dataset.gallery
     if role == "gallery":
         ids = gallery.ids[rows.start : rows.stop]
         locators = gallery.locators[rows.start : rows.stop]
-        return Unit(role, block, ids, locators, tuple(range(len(rows))), (), todo)
+        return Unit(part, role, block, ids, locators, tuple(range(len(rows))), (), todo)
     queries = dataset.queries[rows.start : rows.stop]
     references = list(dict.fromkeys(query.reference for query in queries))
     index = {id: n for n, id in enumerate(references)}
     return Unit(
+        part,
         role,
         block,
         tuple(query.id for query in queries),
@@ -94,14 +105,11 @@ def _unit(dataset: Dataset, role: Role, block: int, rows: range, todo: tuple[str
     )
 
 
-def encode(
-    store: TileStore, dataset: Dataset, pools: Sequence[ModelConfig], shown: Progress
-) -> None:
+def encode(parts: Sequence[Part], pools: Sequence[ModelConfig], shown: Progress) -> None:
     """Encode every unfinished block; needs a Ray session.
 
     Args:
-        store: receives the features and the quarantine.
-        dataset: opens the images.
+        parts: stores that receive features and quarantine, with what opens their images.
         pools: one a model, settled.
         shown: counts blocks, once per model.
 
@@ -110,7 +118,8 @@ def encode(
     """
     import ray.data
 
-    units = plan_units(store, dataset, [pool.name for pool in pools])
+    names = [pool.name for pool in pools]
+    units = [unit for n, part in enumerate(parts) for unit in plan_units(n, *part, names)]
     if not units:
         return
     busy = {model for unit in units for model in unit.todo}
@@ -120,7 +129,7 @@ def encode(
     one_unit = {"batch_size": 1, "batch_format": "pyarrow"}
     stream = ray.data.from_arrow([pack(unit) for unit in units]).map_batches(
         Decoder,
-        fn_constructor_kwargs={"source": dataset.source, "store": store},
+        fn_constructor_kwargs={"parts": [(store, dataset.source) for store, dataset in parts]},
         compute=ray.data.ActorPoolStrategy(size=max(1, int(cpus / CPUS_A_DECODER))),
         num_cpus=DECODE_CPUS,
         zero_copy_batch=True,
@@ -129,7 +138,11 @@ def encode(
     for pool in pools:
         stream = stream.map_batches(
             Encoder,
-            fn_constructor_kwargs={"store": store, "pool": pool, "last": pool is pools[-1]},
+            fn_constructor_kwargs={
+                "stores": [store for store, _ in parts],
+                "pool": pool,
+                "last": pool is pools[-1],
+            },
             compute=ray.data.ActorPoolStrategy(
                 size=pool.actors, max_tasks_in_flight_per_actor=IN_FLIGHT
             ),
@@ -162,23 +175,23 @@ def actor_cpus(cpus: float, pools: Sequence[ModelConfig]) -> float:
 class Decoder:
     """An actor that decodes a unit's images and lists those that cannot be used."""
 
-    def __init__(self, source: ImageSource, store: TileStore) -> None:
-        self.source = source
-        self.store = store
+    def __init__(self, parts: Sequence[tuple[TileStore, ImageSource]]) -> None:
+        self.parts = parts
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Pass the unit on with its images."""
         return staged(self._decode, table)
 
     def _decode(self, unit: Unit) -> Unit:
-        images = tuple(_open(self.source, locator) for locator in unit.locators)
+        store, source = self.parts[unit.part]
+        images = tuple(_open(source, locator) for locator in unit.locators)
         failures = [
             Failure(unit.role, id, reason)
             for id, index in zip(unit.ids, unit.image_index, strict=True)
             if isinstance(reason := images[index], str)
         ]
         if failures:
-            self.store.quarantine(unit.role, unit.block, failures)
+            store.quarantine(unit.role, unit.block, failures)
         return replace(unit, images=images)
 
 
@@ -194,21 +207,30 @@ class Encoder:
     not fit are explained: an actor that dies while it starts takes its reason along.
     """
 
-    def __init__(self, store: TileStore, pool: ModelConfig, last: bool) -> None:
+    def __init__(self, stores: Sequence[TileStore], pool: ModelConfig, last: bool) -> None:
         one_thread()
-        self.store = store
+        self.stores = stores
         self.pool = pool
         self.last = last
+        self._forwards: dict[tuple[Precision, int], Forward] = {}
 
     @cached_property
-    def forward(self) -> "Forward":
-        """The pool's model on its device, as the manifest says it encodes."""
+    def model(self) -> "FrozenModel":
+        """The pool's model."""
         from dafm_ray.models.registry import load_model
+
+        return load_model(self.pool.id)
+
+    def forward(self, store: TileStore) -> "Forward":
+        """The model on its device, as the manifest of a store says it encodes."""
         from dafm_ray.tiles.forward import Forward, device_of
 
-        entry = self.store.manifest.models[self.pool.name]
-        device = device_of(float(self.pool.num_gpus))
-        return Forward(load_model(self.pool.id), device, entry.precision, entry.batch)
+        entry = store.manifest.models[self.pool.name]
+        how = entry.precision, entry.batch
+        if how not in self._forwards:
+            device = device_of(float(self.pool.num_gpus))
+            self._forwards[how] = Forward(self.model, device, *how)
+        return self._forwards[how]
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Commit the block if this model has not; pass the unit on, or a count at the end."""
@@ -216,8 +238,9 @@ class Encoder:
 
     def _encode(self, unit: Unit) -> Unit | Encoded:
         if self.pool.name in unit.todo:
-            features = self.forward(unit.images, unit.image_index, unit.captions)
-            self.store.write(feature_key(self.pool.name, unit.role, unit.block), features)
+            store = self.stores[unit.part]
+            features = self.forward(store)(unit.images, unit.image_index, unit.captions)
+            store.write(feature_key(self.pool.name, unit.role, unit.block), features)
         if not self.last:
             return unit
         failed = sum(isinstance(unit.images[index], str) for index in unit.image_index)

@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
@@ -11,12 +12,13 @@ from dafm_ray.config import ModelConfig, PrecomputeConfig, to_yaml
 from dafm_ray.datasets.base import Dataset
 from dafm_ray.datasets.images import ImageError
 from dafm_ray.datasets.registry import load_dataset
+from dafm_ray.errors import ConfigError
 from dafm_ray.models.base import RANDOM
 from dafm_ray.models.checkpoints import weights_digest
 from dafm_ray.models.registry import resolve
 from dafm_ray.progress import StatusWriter, progress
 from dafm_ray.session import available_gpus, ensure_ray, quiet_data
-from dafm_ray.tiles.encode import encode
+from dafm_ray.tiles.encode import Part, encode
 from dafm_ray.tiles.lease import writing
 from dafm_ray.tiles.manifest import Grid, ModelEntry
 from dafm_ray.tiles.preflight import settle
@@ -53,42 +55,77 @@ def precompute(config: PrecomputeConfig, dataset: Dataset | None = None) -> Outc
         ConfigError, DataError: see `TileStore.create` and `encode`.
         MachineError: another run holds the store, or the disk refuses.
     """
-    dataset = dataset or load_dataset(config.dataset)
-    grid = Grid(config.encode_block, config.tile_queries, config.tile_candidates)
-    names = [model.name for model in config.models]
-    models = {model.name: _entry(model) for model in config.models}
-    storage = open_storage(config.store)
-    with writing(storage):
-        spec = asdict(config.dataset)
-        store = TileStore.create(config.store, dataset, spec, models, grid, config.score_type)
-        storage.write("config.yaml", pa.py_buffer(to_yaml(config).encode()))
-        if store.missing(names) or store.failures():
-            dataset = unpack(store, dataset, _status_writer(storage))
-        _retry_quarantined(store, dataset)
-        keys = [key for name in names for role in ROLES for key in store.feature_keys(name, role)]
-        done = store.finished()
-        features_done = sum(key in done for key in keys)
-        tiles = [key for name in names for key in store.score_keys(name)]
-        tiles_done = sum(key in done for key in tiles)
-        missing = len(keys) - features_done + len(tiles) - tiles_done
-        if missing:
-            status = _status_writer(storage)
+    return precompute_together([config], [dataset or load_dataset(config.dataset)])[0]
+
+
+def precompute_together(
+    configs: Sequence[PrecomputeConfig], datasets: Sequence[Dataset]
+) -> list[Outcome]:
+    """Fill several stores under the same models, whose pools start once; see `precompute`.
+
+    Raises:
+        ConfigError: the configurations name other models.
+    """
+    pools = configs[0].models
+    if any(config.models != pools for config in configs):
+        raise ConfigError("stores that are filled together need the same models")
+    names = [model.name for model in pools]
+    with ExitStack() as held:
+        opened = [
+            _opened(config, dataset, held)
+            for config, dataset in zip(configs, datasets, strict=True)
+        ]
+        stores = [store for store, _ in opened]
+        features = [_finished(store, _feature_keys(store, names)) for store in stores]
+        tiles = [_finished(store, _score_keys(store, names)) for store in stores]
+        missing = [f.count(False) + t.count(False) for f, t in zip(features, tiles, strict=True)]
+        if any(missing):
+            status = _status_writer([store.storage for store in stores])
             ensure_ray()
             quiet_data()
-            pools = [m for m in config.models if not _encoded(store, m.name, done)]
-            with progress("preflight", len(pools), 0, "model", status) as shown:
-                pools = settle(store, pools, available_gpus(), shown)
-            with progress("encode", len(keys), features_done, "block", status) as shown:
-                encode(store, dataset, pools, shown)
-            with progress("similarity", len(tiles), tiles_done, "tile", status) as shown:
-                score_tiles(store, names, shown, config.scoring_gpus)
-        failures = store.failures()
-        store.finished()
-        if failures:
-            storage.write(QUARANTINE, _table(failures))
-        else:
-            storage.delete(QUARANTINE)
-    return Outcome(store, missing, failures)
+            waiting = [pool for pool in pools if not all(_encoded(s, pool.name) for s in stores)]
+            with progress("preflight", len(waiting) * len(stores), 0, "model", status) as shown:
+                for store in stores:
+                    waiting = settle(store, waiting, available_gpus(), shown)
+            encoded = [done for part in features for done in part]
+            with progress("encode", len(encoded), sum(encoded), "block", status) as shown:
+                encode(opened, waiting, shown)
+            scored = [done for part in tiles for done in part]
+            with progress("similarity", len(scored), sum(scored), "tile", status) as shown:
+                for store in stores:
+                    score_tiles(store, names, shown, configs[0].scoring_gpus)
+        return [
+            Outcome(store, blocks, _list_failures(store))
+            for store, blocks in zip(stores, missing, strict=True)
+        ]
+
+
+def _opened(config: PrecomputeConfig, dataset: Dataset, held: ExitStack) -> Part:
+    """The store under its lease, and the data set as it can be read in any order."""
+    grid = Grid(config.encode_block, config.tile_queries, config.tile_candidates)
+    models = {model.name: _entry(model) for model in config.models}
+    storage = open_storage(config.store)
+    held.enter_context(writing(storage))
+    spec = asdict(config.dataset)
+    store = TileStore.create(config.store, dataset, spec, models, grid, config.score_type)
+    storage.write("config.yaml", pa.py_buffer(to_yaml(config).encode()))
+    if store.missing(models) or store.failures():
+        dataset = unpack(store, dataset, _status_writer([storage]))
+    _retry_quarantined(store, dataset)
+    return store, dataset
+
+
+def _feature_keys(store: TileStore, models: Sequence[str]) -> list[str]:
+    return [key for name in models for role in ROLES for key in store.feature_keys(name, role)]
+
+
+def _score_keys(store: TileStore, models: Sequence[str]) -> list[str]:
+    return [key for name in models for key in store.score_keys(name)]
+
+
+def _finished(store: TileStore, keys: Sequence[str]) -> list[bool]:
+    done = store.finished()
+    return [key in done for key in keys]
 
 
 def _entry(model: ModelConfig) -> ModelEntry:
@@ -97,8 +134,19 @@ def _entry(model: ModelConfig) -> ModelEntry:
     return ModelEntry(model.id, digest, model.batch, model.precision)
 
 
-def _encoded(store: TileStore, model: str, done: Collection[str]) -> bool:
-    return all(key in done for role in ROLES for key in store.feature_keys(model, role))
+def _encoded(store: TileStore, model: str) -> bool:
+    return all(_finished(store, _feature_keys(store, [model])))
+
+
+def _list_failures(store: TileStore) -> list[Failure]:
+    """What could not be used; also written as a table for people."""
+    failures = store.failures()
+    store.finished()
+    if failures:
+        store.storage.write(QUARANTINE, _table(failures))
+    else:
+        store.storage.delete(QUARANTINE)
+    return failures
 
 
 def _retry_quarantined(store: TileStore, dataset: Dataset) -> None:
@@ -121,8 +169,12 @@ def _retry_quarantined(store: TileStore, dataset: Dataset) -> None:
         store.forget(role, block)
 
 
-def _status_writer(storage: Storage) -> StatusWriter:
-    return lambda data: storage.write("status.json", pa.py_buffer(data))
+def _status_writer(storages: Sequence[Storage]) -> StatusWriter:
+    def write(data: bytes) -> None:
+        for storage in storages:
+            storage.write("status.json", pa.py_buffer(data))
+
+    return write
 
 
 def _table(failures: Sequence[Failure]) -> pa.Buffer:
