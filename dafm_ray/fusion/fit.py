@@ -205,7 +205,7 @@ def _losses(
         columns_BS, absent_BN, targets_BT = sampled(given, targets_BT, negatives, seed)
         index_BSK = columns_BS[..., None].expand(-1, -1, channels_BNK.shape[-1])
         channels_BNK = channels_BNK.gather(1, index_BSK)
-    source_order_N = torch.tensor(inputs.store.source_order, device=device)
+    source_order_N = inputs.source_order.to(device)
     step = max(1, CACHED_CANDIDATES // channels_BNK.shape[1])
     for start in range(0, len(channels_BNK), step):
         piece = slice(start, start + step)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -127,20 +128,21 @@ class Inputs:
         for m, name in enumerate(self.channels.models):
             if name in self.store.models:
                 own_BN = normalised_MBN[self.store.models.index(name)]
-                missing_BN = np.isnan(own_BN)
-                scores_BNM[..., m] = np.where(missing_BN, 0, own_BN)
-                present_BM[:, m] = ~missing_BN.all(axis=1)
+                scores_BNM[..., m] = own_BN
+                present_BM[:, m] = ~np.isnan(own_BN).all(axis=1)
+        scores_BNM[np.isnan(scores_BNM)] = 0
         if similarities_RBN is None and self.channels.references:
             similarities_RBN = References(self.store, self.channels.references)(rows_B)
-        if similarities_RBN is None:
-            similarities_RBN = np.zeros((0, *shape_BN), np.float32)
-        similarities_RBN[:, absent_BN] = np.nan
-        similarities_RBN = np.nan_to_num(zscore(similarities_RBN))
+        similarities_BNR = torch.zeros(*shape_BN, 0)
+        if similarities_RBN is not None:
+            similarities_RBN[:, absent_BN] = np.nan
+            similarities_RBN = np.nan_to_num(zscore(similarities_RBN))
+            similarities_BNR = torch.from_numpy(similarities_RBN.transpose(1, 2, 0).copy())
         return Given(
             rows_B,
             self._references(rows_B),
             torch.from_numpy(scores_BNM),
-            torch.from_numpy(np.ascontiguousarray(similarities_RBN.transpose(1, 2, 0))),
+            similarities_BNR,
             torch.from_numpy(present_BM),
             torch.from_numpy(absent_BN),
         )
@@ -152,7 +154,7 @@ class Inputs:
         are not present have zeros in both of their channels.
         """
         present_B1M = given.present_BM.to(torch.float32)[:, None]
-        parts = [given.scores_BNM * present_B1M]
+        parts = [given.scores_BNM if given.present_BM.all() else given.scores_BNM * present_B1M]
         if self.channels.hubs:
             assert self.bank is not None
             hubs_MBN = self.bank.hubs(given.rows_B, held_out)
@@ -164,7 +166,9 @@ class Inputs:
             alike_MBN = self.bank.profiles.similarities(given.references_B, folds_B, held_out)
             alike_MBN[:, given.absent_BN.numpy()] = np.nan
             parts.append(self._in_order(np.nan_to_num(zscore(alike_MBN))) * present_B1M)
-        return torch.cat([*parts, given.similarities_BNR], dim=-1)
+        if self.channels.references:
+            parts.append(given.similarities_BNR)
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
     def _in_order(self, values_MBN: Scores) -> Tensor:
         """(B, N, M) in the order of the network's models, from that of the store's."""
@@ -180,6 +184,11 @@ class Inputs:
             [positions.get(self.store.queries[q].reference, -1) if q >= 0 else -1 for q in rows_B],
             dtype=np.int64,
         )
+
+    @cached_property
+    def source_order(self) -> Tensor:
+        """(N,) int64 position of each candidate in the annotation file."""
+        return torch.tensor(self.store.source_order)
 
     def targets(self, rows_B: Ints) -> Tensor:
         """(B, T) int64 columns of the targets, -1 where a query has fewer."""

@@ -64,7 +64,7 @@ class Learned:
         given = self.inputs.of(scores_MBN, rows_B, similarities_RBN)
         fused_BN = np.empty(scores_MBN.shape[1:], np.float32)
         for fold, asked in by_fold(self.fold_of_Q, rows_B):
-            part = given.select(asked)
+            part = given if len(asked) == len(rows_B) else given.select(asked)
             channels_BNK = self.inputs.complete(part, fold)
             fused_BN[asked] = self._mean(self.networks[fold], channels_BNK, part.absent_BN)
         fused_BN[given.absent_BN.numpy()] = np.nan
@@ -73,14 +73,18 @@ class Learned:
     def _mean(
         self, networks: Sequence[LightFusion], channels_BNK: Tensor, absent_BN: Tensor
     ) -> Scores:
-        source_order_N = torch.tensor(self.inputs.store.source_order)
+        source_order_N = self.inputs.source_order
+        nothing_absent = not absent_BN.any()
         step = max(1, CACHED_CANDIDATES // channels_BNK.shape[1])
         parts = []
         with torch.inference_mode():
             for start in range(0, len(channels_BNK), step):
                 piece = slice(start, start + step)
-                given = channels_BNK[piece], absent_BN[piece], source_order_N
-                parts.append(sum(network(*given) for network in networks) / len(networks))
+                absent = None if nothing_absent else absent_BN[piece]
+                each = [
+                    network(channels_BNK[piece], absent, source_order_N) for network in networks
+                ]
+                parts.append(torch.stack(each).mean(0) if len(each) > 1 else each[0])
         mean_BN: Scores = torch.cat(parts).numpy()
         return mean_BN
 

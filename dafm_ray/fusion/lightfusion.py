@@ -111,37 +111,43 @@ class LightFusion(nn.Module):
             scores_BNM = inputs_BNK[..., :models]
             gated_BNM = scores_BNM * self.gate(scores_BNM)[:, None]
             inputs_BNK = torch.cat([gated_BNM, inputs_BNK[..., models:]], dim=-1)
-        hidden_BNC = torch.relu(inputs_BNK @ self.expand.T + self.bias)
-        if self.filter is not None:
-            if absent_BN is not None:
-                hidden_BNC = hidden_BNC.masked_fill(absent_BN[..., None], 0.0)
-            hidden_BNC = self._filtered(hidden_BNC, inputs_BNK, source_order_N)
-        fused_BN = inputs_BNK @ self.head + hidden_BNC @ (self.head @ self.project)
+        if self.filter is None:
+            hidden_BNC = nn.functional.linear(inputs_BNK, self.expand, self.bias).relu_()
+            # Projection and head in one.
+            fused_BN = inputs_BNK @ self.head + hidden_BNC @ (self.head @ self.project)
+        else:
+            order_BN = self._order(inputs_BNK, source_order_N)
+            sorted_BNK = inputs_BNK.gather(1, order_BN[..., None].expand_as(inputs_BNK))
+            absent = None if absent_BN is None else absent_BN.gather(1, order_BN)
+            sorted_BN = self._filtered(sorted_BNK, absent, self.filter)
+            fused_BN = torch.zeros_like(sorted_BN).scatter(1, order_BN, sorted_BN)
         return fused_BN if absent_BN is None else fused_BN.masked_fill(absent_BN, -torch.inf)
 
-    def _filtered(
-        self, hidden_BNC: Tensor, inputs_BNK: Tensor, source_order_N: Tensor | None
-    ) -> Tensor:
-        """Depthwise filter along the candidates in their order, then back."""
-        assert self.filter is not None
+    def _filtered(self, inputs_BNK: Tensor, absent_BN: Tensor | None, filter_CK: Tensor) -> Tensor:
+        """Block and head with the filter along the candidates as they stand."""
+        count, (width, kernel) = len(inputs_BNK), filter_CK.shape
+        hidden_BCN = torch.baddbmm(
+            self.bias[None, :, None], self.expand.expand(count, -1, -1), inputs_BNK.transpose(1, 2)
+        )
+        if absent_BN is not None:
+            # Below 0 before the activation: nothing for the neighbours, and no gradient.
+            hidden_BCN.transpose(1, 2)[absent_BN] = -1.0
+        mixed_BCN = torch.conv1d(
+            hidden_BCN.relu_(), filter_CK[:, None], padding=kernel // 2, groups=width
+        )
+        return inputs_BNK @ self.head + (self.head @ self.project) @ mixed_BCN.relu_()
+
+    def _order(self, inputs_BNK: Tensor, source_order_N: Tensor | None) -> Tensor:
+        """(B, N) candidates in the order that the filter runs along."""
+        shape = inputs_BNK.shape[:2]
+        if self.shape.order == "hash":
+            return torch.arange(shape[1], device=inputs_BNK.device).expand(shape)
         if self.shape.order == "file":
             if source_order_N is None:
                 raise ConfigError("fusion: order `file` needs the gallery's source order")
-            order_BN = source_order_N.argsort().expand(hidden_BNC.shape[:2])
-        elif self.shape.order == "hash":
-            places_N = torch.arange(hidden_BNC.shape[1], device=hidden_BNC.device)
-            order_BN = places_N.expand(hidden_BNC.shape[:2])
-        else:
-            mean_BN = inputs_BNK[..., : len(self.shape.models)].mean(-1)
-            order_BN = mean_BN.argsort(dim=1, descending=True, stable=True)
-        index_BNC = order_BN[..., None].expand_as(hidden_BNC)
-        sorted_BCN = hidden_BNC.gather(1, index_BNC).transpose(1, 2)
-        padding = self.shape.kernel // 2
-        mixed_BCN = torch.conv1d(
-            sorted_BCN, self.filter[:, None], padding=padding, groups=self.shape.width
-        )
-        mixed_BNC = torch.relu(mixed_BCN).transpose(1, 2)
-        return torch.zeros_like(hidden_BNC).scatter(1, index_BNC, mixed_BNC)
+            return source_order_N.argsort().expand(shape)
+        mean_BN = inputs_BNK.detach()[..., : len(self.shape.models)].mean(-1)
+        return mean_BN.argsort(dim=1, descending=True, stable=True)
 
 
 class Gate(nn.Module):

@@ -54,19 +54,27 @@ def ranks_of(scores: Scores) -> Scores:
 
 def _divide(scores: Scores, scale: Scores) -> Scores:
     """Scores / scale; 0 where the scale is 0."""
+    if (scale > 0).all():
+        return scores / scale
     zeros = np.where(np.isnan(scores), scores, np.zeros_like(scores))
     divided: Scores = np.divide(scores, scale, out=zeros, where=scale > 0)
     return divided
 
 
 def _centre(scores: Scores) -> tuple[Scores, Scores]:
-    present = ~np.isnan(scores)
-    count = np.maximum(present.sum(axis=-1, keepdims=True), 1).astype(scores.dtype)
+    """Scores less their mean, and their standard deviation; the same for a query in any batch."""
+    missing = np.isnan(scores)
+    count = np.maximum(scores.shape[-1] - missing.sum(axis=-1, keepdims=True), 1)
+    centred = np.array(scores, order="C")
+    flat, gaps = centred.reshape(-1), np.flatnonzero(missing)
+    flat[gaps] = 0
     # In float64 the mean of equal float32 scores is that score exactly.
-    total = np.where(present, scores, 0).sum(axis=-1, keepdims=True, dtype=np.float64)
-    centred = scores - (total / count).astype(scores.dtype)
-    squares = np.where(present, centred, 0) ** 2
-    return centred, np.sqrt(squares.sum(axis=-1, keepdims=True) / count)
+    total = centred.sum(axis=-1, keepdims=True, dtype=np.float64)
+    centred -= (total / count).astype(scores.dtype)
+    flat[gaps] = 0
+    squares = np.einsum("...n,...n->...", centred, centred)[..., None]
+    flat[gaps] = np.nan
+    return centred, np.sqrt(squares / count.astype(scores.dtype))
 
 
 NORMALISATIONS: dict[str, Normalise] = {

@@ -25,6 +25,12 @@ def info_nce(scores_BN: Tensor, targets_BT: Tensor, tau: float) -> Tensor:
     Returns:
         (B,) losses.
     """
+    if targets_BT.shape[1] == 1 and (targets_BT >= 0).all():
+        losses_B = torch.nn.functional.cross_entropy(
+            scores_BN / tau, targets_BT[:, 0], reduction="none"
+        )
+        # A target that is masked is none.
+        return losses_B.masked_fill(losses_B == torch.inf, 0.0)
     found_BT, target_BT, others_BN = _apart(scores_BN / tau, targets_BT)
     others_B1 = torch.logsumexp(others_BN, dim=1, keepdim=True)
     losses_BT = torch.logaddexp(target_BT, others_B1) - target_BT

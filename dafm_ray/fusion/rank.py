@@ -63,16 +63,23 @@ def scores_of(store: TileStore, rows_B: Ints, masked: bool = True) -> Scores:
     for block in np.unique(rows_B // step):
         asked = np.flatnonzero(rows_B // step == block)
         rows = rows_B[asked]
-        queries = rows.tolist() if masked else []
-        scores_MBN[:, asked] = _masked(store, int(block), rows % step, queries)
+        scores_MBN[:, asked] = _masked(store, int(block), rows % step, rows.tolist(), masked)
     return scores_MBN
 
 
-def _masked(store: TileStore, block: int, within: slice | Ints, queries: Sequence[int]) -> Scores:
+def _masked(
+    store: TileStore,
+    block: int,
+    within: slice | Ints,
+    queries: Sequence[int],
+    masked: bool = True,
+) -> Scores:
     """(M, B, N) float32 scores of some rows of a row of tiles, excluded candidates NaN."""
-    stacked = np.stack([store.scores(model, block, within) for model in store.models])
-    scores_MBN = stacked.astype(np.float32)
-    for row, q in enumerate(queries):
+    shape = (len(store.models), len(queries), store.size("gallery"))
+    scores_MBN = np.empty(shape, np.float32)
+    for model, scores_BN in zip(store.models, scores_MBN, strict=True):
+        scores_BN[:] = store.scores(model, block, within)
+    for row, q in enumerate(queries if masked else ()):
         scores_MBN[:, row, [store.positions[id] for id in store.queries[q].excluded]] = np.nan
     return scores_MBN
 
@@ -122,6 +129,12 @@ def rank_systems(
 def top_candidates(scores_BN: Scores, k: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
     """(B, k) positions of the first candidates, ties in stored order; -1 where none is left."""
     descending = np.where(np.isnan(scores_BN), np.inf, -scores_BN)
-    order = np.argsort(descending, axis=1, kind="stable")[:, :k].astype(np.int64)
-    order[np.isinf(np.take_along_axis(descending, order, axis=1))] = -1
-    return order
+    first = np.full((len(descending), min(k, descending.shape[1])), -1, dtype=np.int64)
+    for row, values_N in zip(first, descending, strict=True):
+        last = np.partition(values_N, len(row) - 1)[len(row) - 1]
+        # All that tie with the last, so that the stored order decides between them.
+        kept = np.flatnonzero(values_N <= last)
+        kept = kept[np.argsort(values_N[kept], kind="stable")][: len(row)]
+        kept = kept[values_N[kept] < np.inf]
+        row[: len(kept)] = kept
+    return first
