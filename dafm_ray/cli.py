@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     fuse = _group(commands, "fuse", "learned fusions")
     train = _add(fuse, "train", _fuse_train, "LightFusion on Ray Train, with a report")
     add_config_arguments(train)
+    onnx = _add(fuse, "export", _fuse_export, "a trained fusion as an ONNX graph")
+    onnx.add_argument("fusion", type=Path, help="folder of a trained fusion")
+    onnx.add_argument("--to", type=Path, metavar="FILE", help="default: fusion.onnx in that folder")
 
     rank = _add(commands, "rank", _rank, "the first candidates of every query, as Parquet")
     rank.add_argument("store")
@@ -104,6 +107,26 @@ def _parser() -> argparse.ArgumentParser:
     rank.add_argument("--top", type=int, default=50, metavar="K", help="default: 50")
     rank.add_argument("--out", required=True, type=Path, metavar="FILE", help="a Parquet file")
 
+    search = _add(commands, "search", _search, "one query: an image and what shall differ")
+    search.add_argument("store")
+    search.add_argument("--image", required=True, type=Path, metavar="FILE", help="the reference")
+    search.add_argument("--text", required=True, nargs="+", help="what the wanted one differs in")
+    search.add_argument(
+        "--fusion", default="mean@zscore", metavar="NAME", help="as for `dafm rank`"
+    )
+    search.add_argument("--top", type=int, default=10, metavar="K", help="default: 10")
+    search.add_argument(
+        "--exclude", nargs="+", default=[], metavar="ID", help="gallery images to leave out"
+    )
+    _add_bank_argument(search)
+    search.add_argument(
+        "--out",
+        type=Path,
+        default=Path("search.html"),
+        metavar="FILE",
+        help="page with the pictures; default: search.html",
+    )
+
     data = _group(commands, "data", "data sets")
     check = _add(data, "check", _data_check, "what is wrong, or odd, about a data set")
     check.add_argument("name", help="cirr, fashioniq, icons or folder")
@@ -120,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
 
     tiles = _group(commands, "tiles", "look into a store, bring scores in and out")
     _add(tiles, "info", _tiles_info, "what is in a store").add_argument("store")
+    bank = _add(tiles, "bank", _tiles_bank, "statistics of a query bank, kept beside the tiles")
+    bank.add_argument("store")
+    bank.add_argument("--t", type=float, default=1.5, help="default: 1.5")
+    bank.add_argument("--folds", type=int, default=5, help="default: 5")
+    bank.add_argument("--seed", type=int, default=0, help="of the folds; default: 0")
     verify = _add(tiles, "verify", _tiles_verify, "check every checksum")
     verify.add_argument("store")
     verify.add_argument(
@@ -214,6 +242,16 @@ def _fuse_train(arguments: argparse.Namespace) -> int:
     return train_fusion_job(load_config(FusionConfig, arguments.config, arguments.set))
 
 
+def _fuse_export(arguments: argparse.Namespace) -> int:
+    from dafm_ray.fusion.artefact import load_artefact
+    from dafm_ray.fusion.onnx import export_onnx
+
+    file = arguments.to or arguments.fusion / "fusion.onnx"
+    export_onnx(load_artefact(arguments.fusion), file)
+    print(file)
+    return DONE
+
+
 def _rank(arguments: argparse.Namespace) -> int:
     from dafm_ray.fusion.artefact import is_artefact
     from dafm_ray.fusion.rankings import write_rankings
@@ -234,6 +272,37 @@ def _rank(arguments: argparse.Namespace) -> int:
     say(*made.notes)
     write_rankings(store, made.systems[-1], arguments.top, arguments.out)
     print(f"{arguments.out}: {made.systems[-1].name}")
+    return DONE
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    from dafm_ray.datasets.images import decode
+    from dafm_ray.fusion.artefact import is_artefact
+    from dafm_ray.fusion.search import search
+    from dafm_ray.fusion.systems import Maker, complete_part
+    from dafm_ray.report.answer import answer_page
+    from dafm_ray.tiles.store import TileStore
+
+    try:
+        image = decode(arguments.image.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read {arguments.image}: {error.strerror}") from None
+    except DataError as error:
+        raise DataError(f"{arguments.image}: {error}") from None
+    store = TileStore(arguments.store)
+    if is_artefact(arguments.fusion):
+        store = complete_part(store)
+    store.refuse_incomplete()
+    made = Maker([arguments.fusion], bank_source=arguments.bank).on(store)
+    system = made.systems[-1]
+    found = search(store, system, image, arguments.text, arguments.top, arguments.exclude)
+    say(*made.notes)
+    for one in found:
+        print(f"{one.rank:4}  {one.score:9.4f}  {one.id}")
+    page = answer_page(store, system.name, image, arguments.text, found, made.notes)
+    with refusals(arguments.out):
+        arguments.out.write_text(page, encoding="utf-8")
+    print(f"pictures: {arguments.out.resolve()}")
     return DONE
 
 
@@ -312,6 +381,22 @@ def _tiles_info(arguments: argparse.Namespace) -> int:
         encoding = f", {entry.encoding}" if entry.encoding else ""
         print(f"{name}: {finished} of {len(keys)} tiles, {entry.id}{encoding}")
     print(f"{len(store.failures())} items in quarantine")
+    return DONE
+
+
+def _tiles_bank(arguments: argparse.Namespace) -> int:
+    from dafm_ray.fusion.artefact import bank_folds
+    from dafm_ray.fusion.bank import own_bank
+    from dafm_ray.tiles.store import TileStore
+
+    store = TileStore(arguments.store)
+    store.refuse_incomplete()
+    fold_of_Q = bank_folds(store, arguments.folds, arguments.seed)
+    bank = own_bank(store, fold_of_Q, arguments.t, profiles=True)
+    print(f"{store.uri}: {bank.note}")
+    for name, hubs_N in zip(bank.models, bank.without(), strict=True):
+        most = ", ".join(store.gallery_ids[n] for n in hubs_N.argsort()[::-1][:3])
+        print(f"{name}: hub statistics from {hubs_N.min():.2f} to {hubs_N.max():.2f} ({most})")
     return DONE
 
 

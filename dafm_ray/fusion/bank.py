@@ -138,8 +138,11 @@ def _profiles(store: TileStore, fold_of_Q: Ints) -> Profiles:
     identity = _digest(store, SIZE, fold_of_Q.tolist())
     kept = store.bank(identity)
     if kept is None:
-        kept = project(store, fold_of_Q)
-        store.keep_bank(identity, kept)
+        made = project(store, fold_of_Q)
+        store.keep_bank(identity, made)
+        # Mapped from the store they take no memory of their own.
+        kept = store.bank(identity)
+        return Profiles(made if kept is None else kept)
     return Profiles(kept)
 
 

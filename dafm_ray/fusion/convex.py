@@ -28,7 +28,7 @@ STEPS = (0.2, 0.1, 0.05, 0.02)
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of a query bank, searched once the weights are found."""
 
-MEMORY_SCORES = 40_000_000
+MEMORY_SCORES = 20_000_000
 """Differences held at most; of a larger store the first queries, in hash order, are searched."""
 
 

@@ -27,7 +27,7 @@ from dafm_ray.tiles.store import TileStore
 SIZE = 128
 """D + 1: the first direction is 1 for every query, so that its sum is that of the scores."""
 
-CACHE_BYTES = 256_000_000
+CACHE_BYTES = 128_000_000
 """Of unit profiles, one set for each choice of folds left out."""
 
 Sums = NDArray[np.float32]

@@ -104,11 +104,11 @@ def thumbnails(dataset: Dataset, cases: Sequence[Case]) -> dict[str, str]:
             image = dataset.source.open(dataset.gallery.locators[dataset.gallery.position(id)])
         except ImageError:
             continue
-        found[id] = _data_uri(image)
+        found[id] = data_uri(image)
     return found
 
 
-def _data_uri(image: Image.Image) -> str:
+def data_uri(image: Image.Image) -> str:
     """The smaller of PNG and JPEG, at most `THUMBNAIL` pixels a side."""
     small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
