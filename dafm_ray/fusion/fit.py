@@ -198,11 +198,13 @@ def _losses(
     given = given.select(learning)
     objective = OBJECTIVES[member.recipe.objective]
     channels_BNK = inputs.complete(given, member.held_out)
-    targets_BT, absent_BN = inputs.targets(given.rows_B), given.absent_BN
+    targets_BT, unseen_BN = inputs.targets(given.rows_B), given.unseen_BN
+    absent_BN = given.absent_BN
     negatives = member.recipe.negatives
     if negatives.top or negatives.random:
         seed = (member.recipe.seed, *place)
         columns_BS, absent_BN, targets_BT = sampled(given, targets_BT, negatives, seed)
+        unseen_BN = absent_BN
         index_BSK = columns_BS[..., None].expand(-1, -1, channels_BNK.shape[-1])
         channels_BNK = channels_BNK.gather(1, index_BSK)
     source_order_N = inputs.source_order.to(device)
@@ -210,8 +212,10 @@ def _losses(
     for start in range(0, len(channels_BNK), step):
         piece = slice(start, start + step)
         fused_BN = member.network(
-            channels_BNK[piece].to(device), absent_BN[piece].to(device), source_order_N
+            channels_BNK[piece].to(device), unseen_BN[piece].to(device), source_order_N
         )
+        if inputs.sees_reference:
+            fused_BN = fused_BN.masked_fill(absent_BN[piece].to(device), -torch.inf)
         yield objective(fused_BN, targets_BT[piece].to(device), member.temperature.value).sum()
 
 

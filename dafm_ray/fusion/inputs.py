@@ -61,7 +61,9 @@ class Given(NamedTuple):
         scores_BNM: float32 normalised scores of the network's models, 0 where there is none.
         similarities_BNR: as many for the similarity of the reference.
         present_BM: bool, models that scored the query at all.
-        absent_BN: bool, candidates that are masked or that no model scored.
+        unseen_BN: bool, candidates that no network sees: they are masked, or no model scored them.
+        absent_BN: bool, candidates that are not ranked; more than `unseen_BN` only where networks
+            see the reference.
     """
 
     rows_B: Ints
@@ -69,6 +71,7 @@ class Given(NamedTuple):
     scores_BNM: Tensor
     similarities_BNR: Tensor
     present_BM: Tensor
+    unseen_BN: Tensor
     absent_BN: Tensor
 
     def select(self, places: Ints) -> "Given":
@@ -79,6 +82,7 @@ class Given(NamedTuple):
             self.scores_BNM[places],
             self.similarities_BNR[places],
             self.present_BM[places],
+            self.unseen_BN[places],
             self.absent_BN[places],
         )
 
@@ -118,9 +122,10 @@ class Inputs:
             rows_B: positions in the store; -1 for a query of no store.
             similarities_RBN: of the reference, for queries of no store.
         """
-        absent_BN = np.isnan(scores_MBN).all(axis=0)
+        absent_BN = unseen_BN = np.isnan(scores_MBN).all(axis=0)
         if self.sees_reference:
             scores_MBN = scores_of(self.store, rows_B, masked=False)
+            unseen_BN = np.isnan(scores_MBN).all(axis=0)
         normalised_MBN = NORMALISATIONS[self.channels.normalisation](scores_MBN)
         shape_BN = absent_BN.shape
         scores_BNM = np.zeros((*shape_BN, len(self.channels.models)), np.float32)
@@ -144,6 +149,7 @@ class Inputs:
             torch.from_numpy(scores_BNM),
             similarities_BNR,
             torch.from_numpy(present_BM),
+            torch.from_numpy(unseen_BN),
             torch.from_numpy(absent_BN),
         )
 

@@ -66,23 +66,23 @@ class Learned:
         for fold, asked in by_fold(self.fold_of_Q, rows_B):
             part = given if len(asked) == len(rows_B) else given.select(asked)
             channels_BNK = self.inputs.complete(part, fold)
-            fused_BN[asked] = self._mean(self.networks[fold], channels_BNK, part.absent_BN)
+            fused_BN[asked] = self._mean(self.networks[fold], channels_BNK, part.unseen_BN)
         fused_BN[given.absent_BN.numpy()] = np.nan
         return fused_BN
 
     def _mean(
-        self, networks: Sequence[LightFusion], channels_BNK: Tensor, absent_BN: Tensor
+        self, networks: Sequence[LightFusion], channels_BNK: Tensor, unseen_BN: Tensor
     ) -> Scores:
         source_order_N = self.inputs.source_order
-        nothing_absent = not absent_BN.any()
+        all_seen = not unseen_BN.any()
         step = max(1, CACHED_CANDIDATES // channels_BNK.shape[1])
         parts = []
         with torch.inference_mode():
             for start in range(0, len(channels_BNK), step):
                 piece = slice(start, start + step)
-                absent = None if nothing_absent else absent_BN[piece]
+                unseen = None if all_seen else unseen_BN[piece]
                 each = [
-                    network(channels_BNK[piece], absent, source_order_N) for network in networks
+                    network(channels_BNK[piece], unseen, source_order_N) for network in networks
                 ]
                 parts.append(torch.stack(each).mean(0) if len(each) > 1 else each[0])
         mean_BN: Scores = torch.cat(parts).numpy()

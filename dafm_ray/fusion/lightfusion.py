@@ -98,7 +98,7 @@ class LightFusion(nn.Module):
             inputs_BNK: normalised scores and extras, in the order of `shape.channels`; 0 where a
                 model is missing.
             absent_BN: bool, candidates that are masked or that no model scored; what stands for
-                them in `inputs_BNK` is not read.
+                them in `inputs_BNK` is not read, 0 takes its place.
             source_order_N: position of each candidate in the annotation file, for `order: file`.
 
         Returns:
@@ -118,20 +118,16 @@ class LightFusion(nn.Module):
         else:
             order_BN = self._order(inputs_BNK, source_order_N)
             sorted_BNK = inputs_BNK.gather(1, order_BN[..., None].expand_as(inputs_BNK))
-            absent = None if absent_BN is None else absent_BN.gather(1, order_BN)
-            sorted_BN = self._filtered(sorted_BNK, absent, self.filter)
+            sorted_BN = self._filtered(sorted_BNK, self.filter)
             fused_BN = torch.zeros_like(sorted_BN).scatter(1, order_BN, sorted_BN)
         return fused_BN if absent_BN is None else fused_BN.masked_fill(absent_BN, -torch.inf)
 
-    def _filtered(self, inputs_BNK: Tensor, absent_BN: Tensor | None, filter_CK: Tensor) -> Tensor:
+    def _filtered(self, inputs_BNK: Tensor, filter_CK: Tensor) -> Tensor:
         """Block and head with the filter along the candidates as they stand."""
         count, (width, kernel) = len(inputs_BNK), filter_CK.shape
         hidden_BCN = torch.baddbmm(
             self.bias[None, :, None], self.expand.expand(count, -1, -1), inputs_BNK.transpose(1, 2)
         )
-        if absent_BN is not None:
-            # Below 0 before the activation: nothing for the neighbours, and no gradient.
-            hidden_BCN.transpose(1, 2)[absent_BN] = -1.0
         mixed_BCN = torch.conv1d(
             hidden_BCN.relu_(), filter_CK[:, None], padding=kernel // 2, groups=width
         )
