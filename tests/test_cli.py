@@ -1,10 +1,13 @@
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from dafm_ray.cli import main
+from dafm_ray.config import DatasetConfig, ModelConfig, PrecomputeConfig
+from dafm_ray.tiles.precompute import precompute
 from tests.samples import image_folder, labelled_dataset, score_store
 
 HEAVY = ("torch", "ray", "numpy", "pyarrow", "pandas", "pydantic")
@@ -123,3 +126,55 @@ def test_unusable_images_end_with_4(tmp_path, capsys):
     assert '"stage": "similarity"' in (tmp_path / "store" / "status.json").read_text()
     assert main(["evaluate", str(tmp_path / "store"), "--out", str(tmp_path / "out")]) == 4
     assert "007.png" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_bank_is_made_and_used(tmp_path, capsys):
+    store = score_store(tmp_path / "s", labelled_dataset(23, 17))
+    assert main(["tiles", "bank", store.uri]) == 0
+    printed = capsys.readouterr().out
+    assert "its own queries, each without its fold; t 1.5" in printed
+    assert "a: hub statistics from" in printed
+    out = str(tmp_path / "out")
+    names = ["mean", "mean+bank", "a+bank:0.5"]
+    assert main(["evaluate", store.uri, "--out", out, "--fusion", *names]) == 0
+    printed = capsys.readouterr().out
+    assert "| mean@zscore+bank " in printed
+    assert "| a+bank " in printed
+    assert main(["evaluate", store.uri, "--out", out, "--fusion", "mean+bank:much"]) == 2
+    assert "write +bank:STRENGTH" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("local_ray")
+def test_search_finds_what_the_store_ranks_first(tmp_path, capsys):
+    """A query of the store, asked anew, has the scores of its row."""
+    root = image_folder(tmp_path / "images")
+    models = [
+        ModelConfig("a", "clip4cir:sum@random-tiny"),
+        ModelConfig("b", "zeroshot:text@random-tiny"),
+    ]
+    uri = str(tmp_path / "store")
+    store = precompute(
+        PrecomputeConfig(DatasetConfig("folder", root=str(root)), tuple(models), uri)
+    ).store
+    query = store.queries[3]
+    ranked = ["rank", uri, "--top", "5", "--out", str(tmp_path / "ranks.parquet")]
+    assert main(ranked) == 0
+    capsys.readouterr()
+    page = tmp_path / "answer.html"
+    asked = ["search", uri, "--image", str(root / query.reference), "--text", *query.captions]
+    asked += ["--exclude", query.reference, "--top", "5", "--out", str(page)]
+    assert main(asked) == 0
+    found = [line.split() for line in capsys.readouterr().out.splitlines()[:5]]
+    rows = pq.read_table(tmp_path / "ranks.parquet").to_pylist()
+    expected = [row for row in rows if row["query"] == query.id]
+    assert [id for _, _, id in found] == [row["candidate"] for row in expected]
+    scores = [float(score) for _, score, _ in found]
+    assert scores == pytest.approx([row["score"] for row in expected], abs=2e-3)
+    text = page.read_text()
+    assert text.count("data:image/") == 6
+    assert main([*asked[:-4], "--top", "0"]) == 2
+    assert main(["search", uri, "--image", str(page), "--text", "x"]) == 3
+    assert "not an image" in capsys.readouterr().err
+    scored = score_store(tmp_path / "s", labelled_dataset(23, 17))
+    assert main(["search", scored.uri, "--image", str(root / query.reference), "--text", "x"]) != 0

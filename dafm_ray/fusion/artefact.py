@@ -126,14 +126,16 @@ class Description:
         )
 
     @property
+    def doubts(self) -> tuple[str, ...]:
+        """What lets a network see more than a ranking may depend on."""
+        by_place = self.network.kernel > 1 and self.network.order != "rank"
+        order = (f"order={self.network.order}",) if by_place else ()
+        return (*order, "sees reference") if self.sees_reference else order
+
+    @property
     def name(self) -> str:
-        """What tables call it; everything that makes a number doubtful is in it."""
-        doubts = []
-        if self.network.kernel > 1 and self.network.order != "rank":
-            doubts.append(f"order={self.network.order}")
-        if self.sees_reference:
-            doubts.append("sees reference")
-        return f"lightfusion({', '.join(doubts)})" if doubts else "lightfusion"
+        """What tables call it, with every doubt."""
+        return f"lightfusion({', '.join(self.doubts)})" if self.doubts else "lightfusion"
 
     def shape(self, seed: int) -> Shape:
         """Of a network."""
@@ -230,7 +232,8 @@ class Artefact:
             systems = self._static(store, trained_Q, bank)
         learned = Learned(about.name, by_fold, inputs, trained_Q)
         missing = tuple(name for name in about.models if name not in store.models)
-        return Fitted((*systems, learned), learned, bank, missing, bool(known.any()))
+        seen = bool(known.any())
+        return Fitted((*systems, learned), learned, bank, missing, seen, about.doubts)
 
     def _static(self, store: TileStore, trained_Q: Ints, bank: Bank | None) -> list[Fusion]:
         titles = " + ".join(trained.title for trained in self.about.stores)
@@ -289,6 +292,7 @@ class Fitted:
         bank: of the store, if the fusion has one.
         missing: models of the fusion that the store lacks.
         out_of_fold: whether queries were learned from, each ranked by what did not see it.
+        doubts: see `Description.doubts`.
     """
 
     systems: tuple[Fusion, ...]
@@ -296,6 +300,7 @@ class Fitted:
     bank: Bank | None
     missing: tuple[str, ...]
     out_of_fold: bool
+    doubts: tuple[str, ...]
 
     def called(self, name: str) -> "Fitted":
         """The same under another name, for tables with several."""
@@ -306,6 +311,11 @@ class Fitted:
     def notes(self) -> list[str]:
         """What a reader of the numbers has to know."""
         notes = []
+        if self.doubts:
+            notes.append(
+                f"{self.learned.name}: its numbers compare with no others, because the network may "
+                "see what a ranking must not depend on (docs/fusion.md, the order leak)."
+            )
         if self.out_of_fold:
             notes.append(
                 f"{self.learned.name} and convex weights rank every query with what was trained "

@@ -45,6 +45,9 @@ def test_the_demo_reaches_what_the_protocol_asks(metrics):
     fused = systems["convex@zscore"]
     assert fused["vs"][best["name"]]["diff"] > 0
     assert fused["metrics"]["R@1"] > best["metrics"]["R@1"] + 1
+    learned = systems["lightfusion"]
+    assert learned["vs"]["mean@zscore"]["ci95"][0] > 0
+    assert learned["vs"]["convex@zscore"]["ci95"][1] > 0
 
 
 @pytest.mark.timeout(60)
