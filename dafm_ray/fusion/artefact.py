@@ -137,6 +137,15 @@ class Description:
         """What tables call it, with every doubt."""
         return f"lightfusion({', '.join(self.doubts)})" if self.doubts else "lightfusion"
 
+    @property
+    def convex_note(self) -> str:
+        """The convex weights of new queries, and where they were searched."""
+        [static] = [one for one in self.convex if one.held_out == NOBODY]
+        shares = ", ".join(f"{name} {weight:.2f}" for name, weight in static.weights.items())
+        bank = f"; strength of the bank {static.strength:g}" if self.bank_t else ""
+        titles = " + ".join(store.title for store in self.stores)
+        return f"Convex weights, searched on {titles}: {shares}{bank}."
+
     def shape(self, seed: int) -> Shape:
         """Of a network."""
         channels = self.channels
@@ -232,8 +241,9 @@ class Artefact:
             systems = self._static(store, trained_Q, bank)
         learned = Learned(about.name, by_fold, inputs, trained_Q)
         missing = tuple(name for name in about.models if name not in store.models)
+        weights = about.convex_note if systems else ""
         seen = bool(known.any())
-        return Fitted((*systems, learned), learned, bank, missing, seen, about.doubts)
+        return Fitted((*systems, learned), learned, bank, missing, seen, about.doubts, weights)
 
     def _static(self, store: TileStore, trained_Q: Ints, bank: Bank | None) -> list[Fusion]:
         titles = " + ".join(trained.title for trained in self.about.stores)
@@ -293,6 +303,7 @@ class Fitted:
         missing: models of the fusion that the store lacks.
         out_of_fold: whether queries were learned from, each ranked by what did not see it.
         doubts: see `Description.doubts`.
+        weights: the convex weights in words, if they are among the systems.
     """
 
     systems: tuple[Fusion, ...]
@@ -301,6 +312,7 @@ class Fitted:
     missing: tuple[str, ...]
     out_of_fold: bool
     doubts: tuple[str, ...]
+    weights: str
 
     def called(self, name: str) -> "Fitted":
         """The same under another name, for tables with several."""
@@ -321,6 +333,8 @@ class Fitted:
                 f"{self.learned.name} and convex weights rank every query with what was trained "
                 "on the other folds."
             )
+        if self.weights:
+            notes.append(self.weights)
         if self.bank is not None:
             notes.append(self.bank.note)
         if self.missing:
@@ -360,14 +374,13 @@ def load_artefact(folder: str | Path) -> Artefact:
         DataError: there is none, or it is damaged.
     """
     root = Path(folder)
+    for name in (CONFIG, WEIGHTS, FOLDS):
+        if not (root / name).is_file():
+            raise DataError(f"{root} is no trained fusion: it has no {name}")
     try:
         values = json.loads((root / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(root / WEIGHTS)
         places = pq.read_table(root / FOLDS).to_pydict()
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{root} is no trained fusion: it has no {Path(error.filename).name}"
-        ) from None
     except (ValueError, OSError, SafetensorError) as error:
         raise DataError(f"{root} is no trained fusion, or it is damaged: {error}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -377,13 +390,12 @@ def load_artefact(folder: str | Path) -> Artefact:
         networks = tuple(
             _network(about, n, seed, tensors) for n, (_, seed) in enumerate(about.members)
         )
-    except (ConfigError, KeyError, RuntimeError) as error:
+        fold_of: list[dict[str, int]] = [{} for _ in about.stores]
+        columns = (places[key] for key in ("store", "query", "fold"))
+        for store, query, fold in zip(*columns, strict=True):
+            fold_of[store][query] = fold
+    except (ConfigError, KeyError, IndexError, RuntimeError) as error:
         raise DataError(f"{root} is damaged: {error}") from None
-    fold_of: list[dict[str, int]] = [{} for _ in about.stores]
-    for store, query, fold in zip(
-        *(places[key] for key in ("store", "query", "fold")), strict=True
-    ):
-        fold_of[store][query] = fold
     return Artefact(about, networks, tuple(fold_of))
 
 

@@ -19,12 +19,11 @@ class Figure:
 
 def temperature_figures(fusions: Sequence[str]) -> list[Figure]:
     """Loss and temperature, step by step, of every trained fusion among some names."""
+    named = [Path(name) for name in fusions if is_artefact(name)]
     return [
-        Figure(
-            temperature_svg(Path(name) / TRACE), f"{name}: loss and temperature of every network"
-        )
-        for name in fusions
-        if is_artefact(name) and (Path(name) / TRACE).is_file()
+        Figure(temperature_svg(path / TRACE), f"{path.name}: loss and temperature of every network")
+        for path in named
+        if (path / TRACE).is_file()
     ]
 
 

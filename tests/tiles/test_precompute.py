@@ -6,13 +6,14 @@ import torch
 
 from dafm_ray.config import DatasetConfig, ModelConfig, PrecomputeConfig, load_config
 from dafm_ray.datasets.base import Dataset, Gallery
+from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.evaluation.protocols import protocol
 from dafm_ray.fusion.rank import rank_systems, singles
 from dafm_ray.models.registry import load_model
 from dafm_ray.progress import progress
 from dafm_ray.tiles.encode import actor_cpus
-from dafm_ray.tiles.precompute import precompute
+from dafm_ray.tiles.precompute import precompute, precompute_together
 from dafm_ray.tiles.store import TileStore
 from tests.samples import image_folder, open_folder
 
@@ -175,3 +176,22 @@ def test_pools_leave_cpus_for_decoding(cpus, actors):
 def test_too_many_actors_are_refused_instead_of_hanging():
     with pytest.raises(ConfigError, match="400 actors do not fit 2 CPUs"):
         actor_cpus(2, [ModelConfig("m", "x:y@z", actors=400)])
+
+
+def test_stores_filled_together_equal_those_filled_alone(tmp_path):
+    model = ModelConfig("a", "clip4cir:sum@random-tiny", batch=8)
+    roots = [image_folder(tmp_path / name, 12, 5) for name in ("one", "two")]
+    configs = [
+        PrecomputeConfig(DatasetConfig("folder", root=str(root)), (model,), str(tmp_path / f"s{n}"))
+        for n, root in enumerate(roots)
+    ]
+    datasets = [load_dataset(config.dataset) for config in configs]
+    together = precompute_together(configs, datasets)
+    alone = precompute(replace(configs[1], store=str(tmp_path / "alone"))).store
+    assert [outcome.blocks for outcome in together] == [3, 3]
+    for key in [*alone.feature_keys("a", "gallery"), *alone.score_keys("a")]:
+        assert np.array_equal(together[1].store.read(key), alone.read(key))
+    assert sum(outcome.blocks for outcome in precompute_together(configs, datasets)) == 0
+    other = replace(configs[1], models=(ModelConfig("b", "clip4cir:sum@random-tiny"),))
+    with pytest.raises(ConfigError, match="need the same models"):
+        precompute_together([configs[0], other], datasets)
