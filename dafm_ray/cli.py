@@ -116,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     search.add_argument("--top", type=int, default=10, metavar="K", help="default: 10")
     search.add_argument(
+        "--reference",
+        default="",
+        metavar="ID",
+        help="of the image, if it is in the gallery: it is left out, and compared with",
+    )
+    search.add_argument(
         "--exclude", nargs="+", default=[], metavar="ID", help="gallery images to leave out"
     )
     _add_bank_argument(search)
@@ -295,7 +301,15 @@ def _search(arguments: argparse.Namespace) -> int:
     store.refuse_incomplete()
     made = Maker([arguments.fusion], bank_source=arguments.bank).on(store)
     system = made.systems[-1]
-    found = search(store, system, image, arguments.text, arguments.top, arguments.exclude)
+    found = search(
+        store,
+        system,
+        image,
+        arguments.text,
+        arguments.top,
+        arguments.exclude,
+        arguments.reference,
+    )
     say(*made.notes)
     for one in found:
         print(f"{one.rank:4}  {one.score:9.4f}  {one.id}")

@@ -17,6 +17,7 @@ import yaml
 from dafm_ray.errors import ConfigError
 
 _FORBID: dict[str, str] = {"extra": "forbid"}
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _UNKNOWN_KEY = "unexpected_keyword_argument"
 Config = TypeVar("Config")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -380,7 +381,7 @@ class FusionConfig:
         out: folder of the artefact and of its report.
         protocol: `out-of-fold`: a network a fold that it does not see, which is what the report
             ranks it with. `train->val`: one network from all queries, reported on `validation`.
-        validation: store or stores of other queries, reported on.
+        validation: store or stores of other queries, which are reported on instead.
         models: which of the store's; all by default.
         folds: of queries, whose groups are never split; they also keep a query out of its bank.
         seeds: networks a fold, whose scores are averaged.
@@ -439,6 +440,10 @@ class FusionConfig:
             raise ConfigError(
                 "profiles come from a query bank; set bank_t above 0, or profiles false"
             )
+        if self.start == "convex" and self.normalisation != "zscore":
+            raise ConfigError("convex weights are those of z-scores; set start: mean")
+        if self.recipe.tau_unit == "raw" and self.normalisation not in ("zscore", "none"):
+            raise ConfigError("tau_unit raw has a meaning for normalisation zscore and none alone")
         if self.cases < 0 or not 0 <= self.seed <= _LARGEST_SEED:
             raise ConfigError("cases must be at least 0, seed in [0, 2^31)")
 
@@ -535,7 +540,10 @@ def _explain(kind: type, location: tuple[int | str, ...], error: Mapping[str, An
     if error["type"] in ("missing", "missing_argument"):
         return f"the key {key!r} is missing"
     message = re.sub(r"^Input", "the value", str(error["msg"]))
-    return f"{key!r}: {message}, found {error['input']!r}" if key else message
+    found = error["input"]
+    if isinstance(found, str) and _EXPONENT.fullmatch(found):
+        message += " (YAML reads 2e-3 as text; write 2.0e-3)"
+    return f"{key!r}: {message}, found {found!r}" if key else message
 
 
 def _section(kind: Any, location: Sequence[int | str]) -> Any:

@@ -90,7 +90,7 @@ def train_fusion_job(config: FusionConfig) -> int:
     from dafm_ray.report.tables import to_markdown
 
     out = train_fusion(config)
-    reported = config.stores if config.protocol == "out-of-fold" else config.validation_stores
+    reported = config.validation_stores or config.stores
     evaluation = evaluate(
         EvaluateConfig(
             store=reported,

@@ -132,16 +132,19 @@ def test_a_bank_is_made_and_used(tmp_path, capsys):
     store = score_store(tmp_path / "s", labelled_dataset(23, 17))
     assert main(["tiles", "bank", store.uri]) == 0
     printed = capsys.readouterr().out
-    assert "its own queries, each without its fold; t 1.5" in printed
+    assert "the queries of the store, less the own fold; t 1.5" in printed
+    assert main(["tiles", "bank", store.uri, "--t", "nan"]) == 2
     assert "a: hub statistics from" in printed
     out = str(tmp_path / "out")
     names = ["mean", "mean+bank", "a+bank:0.5"]
     assert main(["evaluate", store.uri, "--out", out, "--fusion", *names]) == 0
     printed = capsys.readouterr().out
     assert "| mean@zscore+bank " in printed
-    assert "| a+bank " in printed
-    assert main(["evaluate", store.uri, "--out", out, "--fusion", "mean+bank:much"]) == 2
-    assert "write +bank:STRENGTH" in capsys.readouterr().err
+    assert "| a+bank:0.5 " in printed
+    for wrong in ("mean+bank:much", "mean+bank:nan", "mean+bank:-3", "mean+bank0.5"):
+        capsys.readouterr()
+        assert main(["evaluate", store.uri, "--out", out, "--fusion", wrong]) == 2
+        assert "write +bank:STRENGTH" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(120)

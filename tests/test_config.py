@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from dafm_ray.config import EvaluateConfig, PrecomputeConfig, load_config, to_yaml
+from dafm_ray.config import EvaluateConfig, FusionConfig, PrecomputeConfig, load_config, to_yaml
 from dafm_ray.errors import ConfigError
 
 VALUES = {
@@ -98,3 +98,21 @@ def test_an_evaluation_names_one_store_or_several(tmp_path):
     file.write_text("store: []\nout: d\n")
     with pytest.raises(ConfigError, match="name at least one"):
         load_config(EvaluateConfig, file)
+
+
+def test_a_number_that_yaml_takes_for_text_is_explained(tmp_path):
+    file = tmp_path / "fusion.yaml"
+    file.write_text("store: s\nout: o\nrecipe: {learning_rate: 2e-3}\n")
+    with pytest.raises(ConfigError, match=r"recipe.learning_rate.*write 2\.0e-3"):
+        load_config(FusionConfig, file)
+
+
+def test_the_fusion_configurations_that_ship_are_valid():
+    for name in ("fusion", "paper"):
+        assert load_config(FusionConfig, f"configs/{name}.yaml").recipe.epochs == 4
+    paper = load_config(FusionConfig, "configs/paper.yaml")
+    assert (paper.recipe.tau, paper.recipe.tau_unit, paper.recipe.temperature) == (
+        0.02,
+        "raw",
+        "paper",
+    )

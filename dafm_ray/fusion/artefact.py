@@ -23,7 +23,7 @@ from dafm_ray.config import NetworkConfig, parse_config
 from dafm_ray.errors import ConfigError, DataError, refusals
 from dafm_ray.evaluation.metrics import Ints
 from dafm_ray.files import replacing
-from dafm_ray.fusion.bank import Bank, Banked, bank_of_others, own_bank
+from dafm_ray.fusion.bank import Bank, bank_of_others, banked_convex, own_bank
 from dafm_ray.fusion.base import Fusion
 from dafm_ray.fusion.folds import NOBODY, grouped_folds
 from dafm_ray.fusion.inputs import Channels, Inputs
@@ -50,11 +50,13 @@ class TrainedOn:
     Attributes:
         title: data set and split.
         gallery_digest: of its candidates.
+        queries_digest: of its queries.
         models: name -> id and weights digest.
     """
 
     title: str
     gallery_digest: str
+    queries_digest: str
     models: dict[str, ModelEntry]
 
 
@@ -251,9 +253,10 @@ class Artefact:
         banked: dict[int, Fusion] = {}
         for static in self.about.convex:
             in_order = {name: static.weights[name] for name in store.models}
-            parts[static.held_out] = Convex(in_order, titles)
+            convex = Convex(in_order, titles)
+            parts[static.held_out] = convex
             if bank is not None:
-                banked[static.held_out] = Banked(parts[static.held_out], bank, static.strength)
+                banked[static.held_out] = banked_convex(convex, bank, static.strength)
         found = [parts, banked] if bank is not None else [parts]
         return [OutOfFold(system[NOBODY].name, "static", system, trained_Q) for system in found]
 
@@ -276,7 +279,9 @@ class Artefact:
         fold_of_Q = np.full(store.size("queries"), NOBODY)
         manifest = store.manifest
         for trained, folds in zip(self.about.stores, self.fold_of, strict=True):
-            if manifest.gallery_digest == trained.gallery_digest or manifest.title == trained.title:
+            # Own folders are all called alike.
+            titled = manifest.title == trained.title and manifest.dataset["name"] != "folder"
+            if manifest.gallery_digest == trained.gallery_digest or titled:
                 for q, query in enumerate(store.queries):
                     fold_of_Q[q] = folds.get(query.id, fold_of_Q[q])
         return fold_of_Q
@@ -394,9 +399,20 @@ def load_artefact(folder: str | Path) -> Artefact:
         columns = (places[key] for key in ("store", "query", "fold"))
         for store, query, fold in zip(*columns, strict=True):
             fold_of[store][query] = fold
+        _refuse_contradictions(about, fold_of)
     except (ConfigError, KeyError, IndexError, RuntimeError) as error:
         raise DataError(f"{root} is damaged: {error}") from None
     return Artefact(about, networks, tuple(fold_of))
+
+
+def _refuse_contradictions(about: Description, fold_of: Sequence[Mapping[str, int]]) -> None:
+    """KeyError if a fold that queries are in has no network or no convex weights."""
+    held_out = {fold for fold, _ in about.members}
+    folds = set(range(about.folds)) if about.protocol == "out-of-fold" else {NOBODY}
+    searched = {static.held_out for static in about.convex}
+    used = {fold for folds_of_store in fold_of for fold in folds_of_store.values()}
+    if held_out != folds or searched != folds | {NOBODY} or not used <= set(range(about.folds)):
+        raise KeyError("networks, convex weights and folds do not belong together")
 
 
 def _network(about: Description, n: int, seed: int, tensors: Mapping[str, Any]) -> LightFusion:

@@ -7,6 +7,7 @@ labels, but it must not hold the query it is used for, nor one of its fold; so t
 fold by fold, and a fold's bank adds up the others.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,7 @@ from dafm_ray.fusion.folds import NOBODY
 from dafm_ray.fusion.normalise import zscore
 from dafm_ray.fusion.profiles import SIZE, Profiles, project
 from dafm_ray.fusion.rank import masked_scores
+from dafm_ray.fusion.static import Convex
 from dafm_ray.progress import progress
 from dafm_ray.tiles.store import TileStore
 
@@ -61,7 +63,9 @@ class Bank:
     def note(self) -> str:
         """Whose queries these are, and how to find the statistics again."""
         own = (self.fold_of_Q != NOBODY).any()
-        held = "its own queries, each without its fold" if own else "none of the queries ranked"
+        held = (
+            "the queries of the store, less the own fold" if own else "none of the queries ranked"
+        )
         return f"Query bank: {self.title}, {held}; t {self.t:g}, digest {self.digest[:12]}."
 
     def without(self, *folds: int) -> Scores:
@@ -112,8 +116,8 @@ def own_bank(store: TileStore, fold_of_Q: Ints, t: float, profiles: bool = False
         ConfigError: t is not above 0, or the folds are not those of the store's queries.
         DataError: z-scores so large that e^(t z) overflows.
     """
-    if t <= 0:
-        raise ConfigError("the t of a query bank must be above 0")
+    if not 0 < t < math.inf:
+        raise ConfigError("the t of a query bank must be a number above 0")
     if len(fold_of_Q) != store.manifest.queries_size:
         raise ConfigError(f"{len(fold_of_Q)} folds for {store.manifest.queries_size} queries")
     identity = _digest(store, t, fold_of_Q.tolist())
@@ -211,11 +215,12 @@ class Banked:
     system: Fusion
     bank: Bank
     strength: float
+    suffix: str = SUFFIX
 
     @property
     def name(self) -> str:
-        """The system's name and `+bank`."""
-        return self.system.name + SUFFIX
+        """The system's name and `+bank`, with the strength where that was asked for."""
+        return self.system.name + self.suffix
 
     @property
     def kind(self) -> str:
@@ -223,6 +228,13 @@ class Banked:
         return self.system.kind
 
     def __call__(self, scores_MBN: Scores, rows_B: Ints) -> Scores:
-        """The system's scores of z - strength h."""
+        """The system's scores of z - strength h; convex weights take these as they are, another
+        system normalises them as it always does.
+        """
         corrected = zscore(scores_MBN) - np.float32(self.strength) * self.bank.hubs(rows_B)
         return self.system(corrected, rows_B)
+
+
+def banked_convex(convex: Convex, bank: Bank, strength: float) -> Banked:
+    """sum_m w_m (z_m - strength h_m)."""
+    return Banked(replace(convex, normalisation="none"), bank, strength)

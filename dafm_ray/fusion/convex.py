@@ -142,10 +142,13 @@ def _load(stores: Sequence[TileStore], fold_of_Qs: Sequence[Ints]) -> _Ahead:
 
 @dataclass(frozen=True)
 class _Labelled:
-    """Queries with targets: z-scores, what is absent, columns of the targets."""
+    """Queries with targets: z-scores, where a model has none, what is absent, columns of the
+    targets.
+    """
 
     rows_B: Ints
     z_MBN: Scores
+    missing_MBN: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
     absent_BN: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
     targets_BT: Ints
 
@@ -165,8 +168,11 @@ def _labelled_part(store: TileStore, chunk: Chunk) -> _Labelled:
     rows_B1 = np.arange(len(queries))[:, None]
     targets_BT = np.where(absent_BN[rows_B1, targets_BT], -1, targets_BT)
     kept = np.flatnonzero((targets_BT >= 0).any(axis=1))
-    z_MBN = np.nan_to_num(zscore(chunk.scores_MBN[:, kept]))
-    return _Labelled(np.array(chunk.rows)[kept], z_MBN, absent_BN[kept], targets_BT[kept])
+    z_MBN = zscore(chunk.scores_MBN[:, kept])
+    missing_MBN = np.asarray(np.isnan(z_MBN))
+    z_MBN[missing_MBN] = 0
+    rows_B = np.array(chunk.rows)[kept]
+    return _Labelled(rows_B, z_MBN, missing_MBN, absent_BN[kept], targets_BT[kept])
 
 
 def search_strengths(
@@ -192,6 +198,7 @@ def search_strengths(
                 learning = np.flatnonzero(fold_of_B != fold)
                 weights_M = np.array(list(convex.weights.values()), np.float32)
                 hubs_MBN = bank.hubs(labelled.rows_B[learning], fold)
+                hubs_MBN[labelled.missing_MBN[:, learning]] = 0
                 fused_BN = np.tensordot(weights_M, labelled.z_MBN[:, learning], axes=1)
                 fused_BN[labelled.absent_BN[learning]] = -np.inf
                 hub_BN = np.tensordot(weights_M, hubs_MBN, axes=1)

@@ -61,6 +61,7 @@ class Given(NamedTuple):
         scores_BNM: float32 normalised scores of the network's models, 0 where there is none.
         similarities_BNR: as many for the similarity of the reference.
         present_BM: bool, models that scored the query at all.
+        gaps_BNM: bool, candidates that one of these models did not score; None if there are none.
         unseen_BN: bool, candidates that no network sees: they are masked, or no model scored them.
         absent_BN: bool, candidates that are not ranked; more than `unseen_BN` only where networks
             see the reference.
@@ -71,6 +72,7 @@ class Given(NamedTuple):
     scores_BNM: Tensor
     similarities_BNR: Tensor
     present_BM: Tensor
+    gaps_BNM: Tensor | None
     unseen_BN: Tensor
     absent_BN: Tensor
 
@@ -82,6 +84,7 @@ class Given(NamedTuple):
             self.scores_BNM[places],
             self.similarities_BNR[places],
             self.present_BM[places],
+            None if self.gaps_BNM is None else self.gaps_BNM[places],
             self.unseen_BN[places],
             self.absent_BN[places],
         )
@@ -114,18 +117,25 @@ class Inputs:
         for start in range(0, len(rows), step):
             yield self.read(rows[start : start + step])
 
-    def of(self, scores_MBN: Scores, rows_B: Ints, similarities_RBN: Scores | None = None) -> Given:
+    def of(
+        self,
+        scores_MBN: Scores,
+        rows_B: Ints,
+        similarities_RBN: Scores | None = None,
+        references_B: Ints | None = None,
+    ) -> Given:
         """Queries whose scores are at hand.
 
         Args:
             scores_MBN: of the store's models; NaN where a candidate was not scored or is masked.
             rows_B: positions in the store; -1 for a query of no store.
             similarities_RBN: of the reference, for queries of no store.
+            references_B: its position in the gallery, for queries of no store.
         """
-        absent_BN = unseen_BN = np.isnan(scores_MBN).all(axis=0)
+        absent_BN = unseen_BN = np.asarray(np.isnan(scores_MBN).all(axis=0))
         if self.sees_reference:
             scores_MBN = scores_of(self.store, rows_B, masked=False)
-            unseen_BN = np.isnan(scores_MBN).all(axis=0)
+            unseen_BN = np.asarray(np.isnan(scores_MBN).all(axis=0))
         normalised_MBN = NORMALISATIONS[self.channels.normalisation](scores_MBN)
         shape_BN = absent_BN.shape
         scores_BNM = np.zeros((*shape_BN, len(self.channels.models)), np.float32)
@@ -135,7 +145,9 @@ class Inputs:
                 own_BN = normalised_MBN[self.store.models.index(name)]
                 scores_BNM[..., m] = own_BN
                 present_BM[:, m] = ~np.isnan(own_BN).all(axis=1)
-        scores_BNM[np.isnan(scores_BNM)] = 0
+        missing_BNM = np.asarray(np.isnan(scores_BNM))
+        scores_BNM[missing_BNM] = 0
+        gaps_BNM = missing_BNM & ~unseen_BN[..., None] & present_BM[:, None]
         if similarities_RBN is None and self.channels.references:
             similarities_RBN = References(self.store, self.channels.references)(rows_B)
         similarities_BNR = torch.zeros(*shape_BN, 0)
@@ -145,10 +157,11 @@ class Inputs:
             similarities_BNR = torch.from_numpy(similarities_RBN.transpose(1, 2, 0).copy())
         return Given(
             rows_B,
-            self._references(rows_B),
+            self._references(rows_B) if references_B is None else references_B,
             torch.from_numpy(scores_BNM),
             similarities_BNR,
             torch.from_numpy(present_BM),
+            torch.from_numpy(gaps_BNM) if gaps_BNM.any() else None,
             torch.from_numpy(unseen_BN),
             torch.from_numpy(absent_BN),
         )
@@ -157,7 +170,7 @@ class Inputs:
         """(B, N, K) channels for a network that a fold was held out from.
 
         A query's hub statistics come from neither its own fold nor the one held out. Models that
-        are not present have zeros in both of their channels.
+        are not present have zeros in all of their channels.
         """
         present_B1M = given.present_BM.to(torch.float32)[:, None]
         parts = [given.scores_BNM if given.present_BM.all() else given.scores_BNM * present_B1M]
@@ -165,6 +178,8 @@ class Inputs:
             assert self.bank is not None
             hubs_MBN = self.bank.hubs(given.rows_B, held_out)
             parts.append(self._in_order(hubs_MBN) * present_B1M)
+            if given.gaps_BNM is not None:
+                parts[-1][given.gaps_BNM] = 0
         if self.channels.profiles:
             assert self.bank is not None
             assert self.bank.profiles is not None

@@ -58,10 +58,16 @@ class Learned:
     kind: str = "learned"
 
     def __call__(
-        self, scores_MBN: Scores, rows_B: Ints, similarities_RBN: Scores | None = None
+        self,
+        scores_MBN: Scores,
+        rows_B: Ints,
+        similarities_RBN: Scores | None = None,
+        references_B: Ints | None = None,
     ) -> Scores:
-        """Mean of the networks; as in `Fusion`, with the similarity of references of no store."""
-        given = self.inputs.of(scores_MBN, rows_B, similarities_RBN)
+        """Mean of the networks; as in `Fusion`, with more about queries of no store, as `Inputs.of`
+        takes it.
+        """
+        given = self.inputs.of(scores_MBN, rows_B, similarities_RBN, references_B)
         fused_BN = np.empty(scores_MBN.shape[1:], np.float32)
         for fold, asked in by_fold(self.fold_of_Q, rows_B):
             part = given if len(asked) == len(rows_B) else given.select(asked)

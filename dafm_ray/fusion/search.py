@@ -35,6 +35,7 @@ def search(
     captions: Sequence[str],
     top: int,
     excluded: Sequence[str] = (),
+    reference: str = "",
 ) -> list[Found]:
     """The first candidates for one image and what shall differ; ties in stored order.
 
@@ -44,14 +45,22 @@ def search(
         image: the reference, decoded.
         captions: what the wanted image differs in.
         top: candidates.
-        excluded: gallery ids that are left out, as the reference itself.
+        excluded: gallery ids that are left out.
+        reference: id of the image, if it is in the gallery: it is left out too, and its profile is
+            compared with.
 
     Raises:
-        ConfigError: top is below 1, or an excluded id is not in the gallery.
+        ConfigError: top is below 1, no text, an id that is not in the gallery, or a fusion that
+            was made for an audit.
         DataError: scores made elsewhere cannot encode a query, or a model's weights have changed.
     """
     if top < 1:
         raise ConfigError(f"top must be at least 1, not {top}")
+    if not any(caption.strip() for caption in captions):
+        raise ConfigError("say in words what the wanted image differs in")
+    if isinstance(system, Learned) and system.inputs.sees_reference:
+        raise ConfigError("a fusion that sees the reference was made for an audit, not for search")
+    excluded = [*excluded, reference] if reference else excluded
     for id in excluded:
         if id not in store.positions:
             raise ConfigError(f"{id!r} is not in the gallery of {store.uri}")
@@ -63,14 +72,15 @@ def search(
         features = forward([image], [0], [tuple(captions)])
         scores_MBN[m] = _scores(store, name, features)
         if name in wanted:
-            reference = pooled(forward([image], [0]))
-            similarities[name] = References(store, (name,)).to(name, reference)
+            own_BD = pooled(forward([image], [0]))
+            similarities[name] = References(store, (name,)).to(name, own_BD)
     gone = [store.positions[id] for id in excluded]
     scores_MBN[:, :, gone] = np.nan
     rows = np.array([-1])
-    if isinstance(system, Learned) and wanted:
-        alike_RBN = np.stack([similarities[name] for name in wanted])
-        fused_BN = system(scores_MBN, rows, alike_RBN)
+    if isinstance(system, Learned):
+        alike_RBN = np.stack([similarities[name] for name in wanted]) if wanted else None
+        at_B = np.array([store.positions[reference] if reference else -1])
+        fused_BN = system(scores_MBN, rows, alike_RBN, at_B)
     else:
         fused_BN = system(scores_MBN, rows)
     first = [int(n) for n in top_candidates(fused_BN, top)[0] if n >= 0]

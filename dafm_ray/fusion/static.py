@@ -56,16 +56,18 @@ class Convex:
     Attributes:
         weights: model -> weight, in the store's order.
         searched_on: which queries the weights come from.
+        normalisation: `none` where the scores are z-scores already.
     """
 
     weights: dict[str, float]
     searched_on: str
     name: str = "convex@zscore"
     kind: str = "static"
+    normalisation: str = "zscore"
 
     def __call__(self, scores_MBN: Scores, rows_B: Ints) -> Scores:
         """sum_m w_m z_m; a missing score counts as the model's mean."""
-        normalised = NORMALISATIONS["zscore"](scores_MBN)
+        normalised = NORMALISATIONS[self.normalisation](scores_MBN)
         weights_M = np.array(list(self.weights.values()), dtype=scores_MBN.dtype)
         fused = np.tensordot(weights_M, np.nan_to_num(normalised), axes=1)
         return np.where(np.isnan(scores_MBN).all(axis=0), np.nan, fused)

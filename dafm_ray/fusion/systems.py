@@ -1,12 +1,13 @@
 """Names of systems, as commands take them, made into systems of a store."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.fusion.artefact import Artefact, bank_folds, is_artefact, load_artefact
-from dafm_ray.fusion.bank import SUFFIX, Bank, Banked, bank_of_others, own_bank
+from dafm_ray.fusion.bank import SUFFIX, Bank, Banked, bank_of_others, banked_convex, own_bank
 from dafm_ray.fusion.base import Fusion
 from dafm_ray.fusion.convex import search_convex, search_strengths
 from dafm_ray.fusion.folds import NOBODY
@@ -72,13 +73,18 @@ class Maker:
             if name in self.artefacts:
                 fitted = self.artefacts[name].on(store, source)
                 if len(self.artefacts) > 1:
-                    fitted = fitted.called(f"{fitted.learned.name}:{Path(name).name}")
+                    fitted = fitted.called(f"{fitted.learned.name}:{self._label(name)}")
                 taken = {system.name for system in found.systems}
                 found.systems.extend(s for s in fitted.systems if s.name not in taken)
                 found.notes.extend(note for note in fitted.notes if note not in found.notes)
             else:
                 found.systems.append(self._static(store, source, name, found.notes))
         return found
+
+    def _label(self, name: str) -> str:
+        """The folder's name, or its whole path where two are called alike."""
+        alike = [other for other in self.artefacts if Path(other).name == Path(name).name]
+        return name if len(alike) > 1 else Path(name).name
 
     def _static(
         self, store: TileStore, source: TileStore | None, name: str, notes: list[str]
@@ -89,15 +95,17 @@ class Maker:
             return system
         if option:
             try:
-                strength = float(option.removeprefix(":"))
+                strength = float(option[1:]) if option.startswith(":") else math.nan
             except ValueError:
-                raise ConfigError(
-                    f"{name!r}: write {SUFFIX}:STRENGTH, as mean{SUFFIX}:0.5"
-                ) from None
+                strength = math.nan
+            if not 0 <= strength < math.inf:
+                raise ConfigError(f"{name!r}: write {SUFFIX}:STRENGTH, as mean{SUFFIX}:0.5")
         bank = self._bank(store, source)
         if bank.note not in notes:
             notes.append(bank.note)
-        return Banked(system, bank, strength)
+        if isinstance(system, Convex):
+            return replace(banked_convex(system, bank, strength), suffix=SUFFIX + option)
+        return Banked(system, bank, strength, SUFFIX + option)
 
     def _plain(self, store: TileStore, name: str) -> tuple[Fusion, float]:
         """A system and the strength of the bank it should have."""

@@ -18,7 +18,14 @@ import torch
 from dafm_ray.config import FusionConfig, parse_config
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.evaluation.metrics import Ints
-from dafm_ray.fusion.artefact import Artefact, Description, Static, TrainedOn, is_artefact
+from dafm_ray.fusion.artefact import (
+    Artefact,
+    Description,
+    Static,
+    TrainedOn,
+    is_artefact,
+    load_artefact,
+)
 from dafm_ray.fusion.bank import own_bank
 from dafm_ray.fusion.convex import search_folds, search_strengths
 from dafm_ray.fusion.fit import Member, Share, fit, members_of
@@ -68,6 +75,11 @@ def train_fusion(config: FusionConfig) -> Path:
     refuse_larger(config.workers, 1, config.use_gpu)
     claim(out, config, _MACHINE)
     if is_artefact(str(out)):
+        if load_artefact(out).about.stores != _trained_on(stores):
+            raise ConfigError(
+                f"{out} holds a fusion of other scores than {', '.join(config.stores)} hold now; "
+                "choose another `out`, or delete that folder"
+            )
         return out
     plan = prepare(config, stores)
     absolute = replace(config, out=str(out), store=tuple(store.uri for store in stores))
@@ -118,6 +130,16 @@ def open_stores(config: FusionConfig) -> list[TileStore]:
                 f"under {stores[0].manifest.protocol}. One fusion needs the same of all"
             )
         References(store, config.references).refuse_absent()
+    learned = {(s.manifest.gallery_digest, q.id) for s in stores for q in s.queries}
+    for uri in config.validation_stores:
+        other = TileStore(uri)
+        other.refuse_incomplete()
+        shared = {(other.manifest.gallery_digest, q.id) for q in other.queries} & learned
+        if shared and config.protocol == "train->val":
+            raise DataError(
+                f"validation: {uri} holds {len(shared)} queries that the fusion would learn from; "
+                "numbers on them would be a leak"
+            )
     return stores
 
 
@@ -215,14 +237,6 @@ def write(
     out: Path,
 ) -> None:
     """Write the artefact."""
-    trained = [
-        TrainedOn(
-            store.manifest.title,
-            store.manifest.gallery_digest,
-            {name: store.manifest.models[name] for name in store.models},
-        )
-        for store in stores
-    ]
     about = Description(
         models=plan.models,
         normalisation=config.normalisation,
@@ -236,7 +250,7 @@ def write(
         folds=config.folds,
         seed=config.seed,
         convex=plan.convex,
-        stores=tuple(trained),
+        stores=_trained_on(stores),
         protocol=config.protocol,
         label=stores[0].manifest.protocol,
         mode=config.recipe.temperature,
@@ -249,6 +263,18 @@ def write(
     networks = tuple(member.network for member in members)
     traces = [member.temperature.trace for member in members]
     Artefact(about, networks, fold_of).save(out, traces)
+
+
+def _trained_on(stores: Sequence[TileStore]) -> tuple[TrainedOn, ...]:
+    return tuple(
+        TrainedOn(
+            store.manifest.title,
+            store.manifest.gallery_digest,
+            store.manifest.queries_digest,
+            {name: store.manifest.models[name] for name in store.models},
+        )
+        for store in stores
+    )
 
 
 def _worker(values: dict[str, Any]) -> None:

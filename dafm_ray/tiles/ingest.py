@@ -284,7 +284,7 @@ def _query(entry: Any, where: str, config: ScoresConfig) -> Query:
         targets=targets,
         excluded=tuple(dict.fromkeys((*exclude_reference(reference, policy), *also))),
         group=group,
-        fold_group=entry.get("fold_group") or "",
+        fold_group=entry.get("fold_group") or reference,
         category=category,
     )
 

@@ -134,3 +134,29 @@ def test_a_folder_that_is_no_fusion_is_wrong_usage(categories, tmp_path, capsys)
     asked = ["rank", categories[0].uri, "--fusion", str(tmp_path), "--out", str(tmp_path / "r")]
     assert main(asked) == 2
     assert "no folder of a trained fusion" in capsys.readouterr().err
+
+
+def test_unrelated_folders_are_not_taken_for_each_other(categories, tmp_path):
+    """Every own folder has the same title; only its gallery says which it is."""
+    found = trained(tmp_path / "out", categories[0])
+    store = categories[1]
+    named = replace(store.manifest, dataset={**store.manifest.dataset, "name": "folder"})
+    about = replace(found.about.stores[0], title=named.title)
+    other = replace(found, about=replace(found.about, stores=(about,)))
+    ids = {query.id: 0 for query in store.queries}
+    other = replace(other, fold_of=(ids,))
+    store.manifest, kept = named, store.manifest
+    try:
+        assert not other.on(store).out_of_fold
+    finally:
+        store.manifest = kept
+
+
+def test_a_fusion_whose_parts_do_not_belong_together_is_refused(categories, tmp_path):
+    trained(tmp_path / "out", categories[0])
+    file = tmp_path / "out" / CONFIG
+    whole = json.loads(file.read_text())
+    for change in ({"members": whole["members"][:2]}, {"convex": whole["convex"][:3]}):
+        file.write_text(json.dumps({**whole, **change}))
+        with pytest.raises(DataError, match="do not belong together"):
+            load_artefact(tmp_path / "out")

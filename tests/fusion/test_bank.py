@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from dafm_ray.errors import ConfigError, DataError
-from dafm_ray.fusion.bank import Banked, bank_of_others, own_bank
+from dafm_ray.fusion.bank import Banked, bank_of_others, banked_convex, own_bank
 from dafm_ray.fusion.folds import grouped_folds
 from dafm_ray.fusion.normalise import zscore
 from dafm_ray.fusion.rank import masked_scores
-from dafm_ray.fusion.static import Single, static_fusion
+from dafm_ray.fusion.static import Convex, Single, static_fusion
 from dafm_ray.tiles.manifest import Grid
 from tests import samples
 from tests.samples import labelled_dataset, score_matrix, score_store
@@ -129,3 +129,15 @@ def test_a_hub_loses_and_strength_0_changes_nothing(store):
     expected = zscore(chunk.scores_MBN)[0] - bank.hubs(rows)[0]
     assert np.allclose(moved, expected, atol=1e-6, equal_nan=True)
     assert Banked(plain, bank, 1.0).name == "mean@zscore+bank"
+
+
+def test_convex_weights_take_the_corrected_scores_as_they_are(store):
+    bank = own_bank(store, grouped_folds(store.queries, 3), 1.0)
+    chunk = next(masked_scores(store))
+    rows = np.array(chunk.rows)
+    convex = Convex({"a": 0.7, "b": 0.3}, "val")
+    z, hubs = zscore(chunk.scores_MBN), bank.hubs(rows)
+    by_hand = np.tensordot(np.array([0.7, 0.3], np.float32), z - 0.5 * hubs, axes=1)
+    found = banked_convex(convex, bank, 0.5)
+    assert np.allclose(found(chunk.scores_MBN, rows), by_hand, atol=1e-5, equal_nan=True)
+    assert found.name == "convex@zscore+bank"
