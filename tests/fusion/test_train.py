@@ -15,10 +15,12 @@ from dafm_ray.cli import main
 from dafm_ray.config import FusionConfig, NetworkConfig, Recipe
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.fusion.artefact import load_artefact
+from dafm_ray.fusion.bank import banked_convex
 from dafm_ray.fusion.fit import fit
 from dafm_ray.fusion.folds import NOBODY
 from dafm_ray.fusion.lightfusion import LightFusion
-from dafm_ray.fusion.rank import masked_scores
+from dafm_ray.fusion.rank import masked_scores, scores_of
+from dafm_ray.fusion.static import Convex
 from dafm_ray.fusion.train import build, folds_of, open_inputs, open_stores, prepare, train_fusion
 from dafm_ray.job import train_fusion_job
 from dafm_ray.tiles.manifest import Grid
