@@ -58,7 +58,7 @@ def refuse_larger(workers: int, cpus_per_worker: int, use_gpu: bool) -> None:
         if needed > there:
             raise ConfigError(
                 f"{workers} workers need {needed} {what}, and the cluster has {there:g}; "
-                "lower workers or cpus_per_worker, or set use_gpu to false"
+                "lower workers or what each takes, or set use_gpu to false"
             )
 
 

@@ -261,6 +261,7 @@ def test_tau_of_raw_scores_is_divided_by_their_deviation(config):
     [
         ({"models": ("a", "z")}, "does not hold 'z'"),
         ({"references": ("a",)}, "no image features of a"),
+        ({"validation": "/nowhere", "protocol": "train->val"}, "is not a tile store"),
     ],
 )
 def test_what_a_store_does_not_hold_is_refused_before_training(config, change, message):
@@ -268,10 +269,17 @@ def test_what_a_store_does_not_hold_is_refused_before_training(config, change, m
         open_stores(replace(config, **change))
 
 
+def test_a_validation_that_was_learned_from_is_refused_before_training(config):
+    leaking = replace(config, protocol="train->val", validation=config.store)
+    with pytest.raises(DataError, match="would be a leak"):
+        open_stores(leaking)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"protocol": "train->val"}, "needs `validation`"),
+        ({"normalisation": "none"}, "set start: mean"),
         ({"folds": 2}, "folds at least 3"),
         ({"bank_t": 0.0}, "profiles come from a query bank"),
         ({"store": ()}, "name at least one"),
