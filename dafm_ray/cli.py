@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dafm_ray.config import (
+    BANK_T,
+    FOLDS,
     STATIC_FUSIONS,
     DatasetConfig,
     EvaluateConfig,
@@ -151,8 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     _add(tiles, "info", _tiles_info, "what is in a store").add_argument("store")
     bank = _add(tiles, "bank", _tiles_bank, "statistics of a query bank, kept beside the tiles")
     bank.add_argument("store")
-    bank.add_argument("--t", type=float, default=1.5, help="default: 1.5")
-    bank.add_argument("--folds", type=int, default=5, help="default: 5")
+    bank.add_argument("--t", type=float, default=BANK_T, help=f"default: {BANK_T}")
+    bank.add_argument("--folds", type=int, default=FOLDS, help=f"default: {FOLDS}")
     bank.add_argument("--seed", type=int, default=0, help="of the folds; default: 0")
     verify = _add(tiles, "verify", _tiles_verify, "check every checksum")
     verify.add_argument("store")
@@ -259,16 +261,15 @@ def _fuse_export(arguments: argparse.Namespace) -> int:
 
 
 def _rank(arguments: argparse.Namespace) -> int:
-    from dafm_ray.fusion.artefact import is_artefact
     from dafm_ray.fusion.rankings import write_rankings
-    from dafm_ray.fusion.systems import Maker, complete_part, tuned_on
+    from dafm_ray.fusion.systems import Maker, open_for, tuned_on
     from dafm_ray.report.stores import refuse_leaks
     from dafm_ray.tiles.store import TileStore
 
-    store, name, tuned = TileStore(arguments.store), arguments.fusion, None
-    if is_artefact(name):
-        store = complete_part(store)
-    store.refuse_incomplete()
+    if arguments.top < 1:
+        raise ConfigError(f"--top must be at least 1, not {arguments.top}")
+    name, tuned = arguments.fusion, None
+    store = open_for(name, arguments.store)
     if arguments.tune_on:
         others = [TileStore(uri) for uri in arguments.tune_on]
         refuse_leaks([store], others)
@@ -283,22 +284,19 @@ def _rank(arguments: argparse.Namespace) -> int:
 
 def _search(arguments: argparse.Namespace) -> int:
     from dafm_ray.datasets.images import decode
-    from dafm_ray.fusion.artefact import is_artefact
     from dafm_ray.fusion.search import search
-    from dafm_ray.fusion.systems import Maker, complete_part
+    from dafm_ray.fusion.systems import Maker, open_for
     from dafm_ray.report.answer import answer_page
-    from dafm_ray.tiles.store import TileStore
 
+    if not arguments.out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {arguments.out}: there is no such folder")
     try:
         image = decode(arguments.image.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read {arguments.image}: {error.strerror}") from None
     except DataError as error:
         raise DataError(f"{arguments.image}: {error}") from None
-    store = TileStore(arguments.store)
-    if is_artefact(arguments.fusion):
-        store = complete_part(store)
-    store.refuse_incomplete()
+    store = open_for(arguments.fusion, arguments.store)
     made = Maker([arguments.fusion], bank_source=arguments.bank).on(store)
     system = made.systems[-1]
     found = search(
@@ -399,13 +397,13 @@ def _tiles_info(arguments: argparse.Namespace) -> int:
 
 
 def _tiles_bank(arguments: argparse.Namespace) -> int:
-    from dafm_ray.fusion.artefact import bank_folds
     from dafm_ray.fusion.bank import own_bank
+    from dafm_ray.fusion.folds import bank_folds
     from dafm_ray.tiles.store import TileStore
 
     store = TileStore(arguments.store)
     store.refuse_incomplete()
-    fold_of_Q = bank_folds(store, arguments.folds, arguments.seed)
+    fold_of_Q = bank_folds(store.queries, arguments.folds, arguments.seed)
     bank = own_bank(store, fold_of_Q, arguments.t, profiles=True)
     print(f"{store.uri}: {bank.note}")
     for name, hubs_N in zip(bank.models, bank.without(), strict=True):

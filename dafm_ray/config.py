@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -127,6 +128,11 @@ class PrecomputeConfig:
 
 _LARGEST_SEED = 2**31 - 1
 
+BANK_T = 1.5
+"""t of a query bank, see `fusion/bank.py`."""
+
+FOLDS = 5
+
 STATIC_FUSIONS = (
     "mean@zscore",
     "combsum@minmax",
@@ -163,7 +169,7 @@ class EvaluateConfig:
     fusions: tuple[str, ...] = STATIC_FUSIONS
     tune_on: str | tuple[str, ...] = ()
     bank: str = ""
-    bank_t: float = 1.5
+    bank_t: float = BANK_T
     cases: int = 12
     seed: int = 0
 
@@ -411,11 +417,11 @@ class FusionConfig:
     protocol: Literal["out-of-fold", "train->val"] = "out-of-fold"
     validation: str | tuple[str, ...] = ()
     models: tuple[str, ...] = ()
-    folds: int = 5
+    folds: int = FOLDS
     seeds: int = 1
     new_queries: Literal["scores", "weights"] = "scores"
     normalisation: Literal["zscore", "minmax", "rank", "dbsf", "none"] = "zscore"
-    bank_t: float = 1.5
+    bank_t: float = BANK_T
     profiles: bool = True
     references: tuple[str, ...] = ()
     sees_reference: bool = False
@@ -494,9 +500,7 @@ def parse_config(kind: type[Config], values: Mapping[str, Any], where: str) -> C
     try:
         return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
-        # A misspelt key is also a missing one; what the user wrote says more.
-        first = min(error.errors(), key=lambda found: found["type"] != _UNKNOWN_KEY)
-        raise ConfigError(f"{where}: {_explain(kind, first['loc'], first)}") from None
+        raise ConfigError(f"{where}: {_explain(kind, error.errors())}") from None
 
 
 def to_yaml(config: Any) -> str:
@@ -530,20 +534,45 @@ def _set(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: there is no section or entry {last!r}")
 
 
-def _explain(kind: type, location: tuple[int | str, ...], error: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in location)
-    if error["type"] == _UNKNOWN_KEY:
+def _explain(kind: type, errors: Sequence[Mapping[str, Any]]) -> str:
+    """The error that says most: a misspelt key is also a missing one, and a value that fits no
+    member of a union has an error for each.
+    """
+    first = min(errors, key=lambda error: (error["type"] != _UNKNOWN_KEY, -len(error["loc"])))
+    location = first["loc"]
+    key = _key(kind, location)
+    if first["type"] == _UNKNOWN_KEY:
         known = [f.name for f in fields(_section(kind, location[:-1]))]
         near = get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         return f"unknown key {key!r}; {hint}"
-    if error["type"] in ("missing", "missing_argument"):
+    if first["type"] in ("missing", "missing_argument"):
+        if isinstance(location[-1], int):
+            return f"{_key(kind, location[:-1])!r} has too few entries, found {first['input']!r}"
         return f"the key {key!r} is missing"
-    message = re.sub(r"^Input", "the value", str(error["msg"]))
-    found = error["input"]
+    same = [e for e in errors if _key(kind, e["loc"]) == key and len(e["loc"]) == len(location)]
+    said = dict.fromkeys(re.sub(r"^Input should be ", "", str(e["msg"])) for e in same)
+    message = " or ".join(said)
+    if len(said) > 1 or message != first["msg"]:
+        message = f"the value should be {message}"
+    found = first["input"]
     if isinstance(found, str) and _EXPONENT.fullmatch(found):
         message += " (YAML reads 2e-3 as text; write 2.0e-3)"
     return f"{key!r}: {message}, found {found!r}" if key else message
+
+
+def _key(kind: Any, location: Sequence[int | str]) -> str:
+    """The dotted key, as a user writes it: without the names that members of unions have."""
+    parts = []
+    for part in location:
+        if get_origin(kind) in (Union, UnionType):
+            kind = get_args(kind)[-1]
+            continue
+        hints = get_type_hints(kind) if is_dataclass(kind) else {}
+        inner = [arg for arg in get_args(kind) if arg is not ...]
+        kind = hints.get(str(part)) if hints else (inner[-1] if inner else None)
+        parts.append(str(part))
+    return ".".join(parts)
 
 
 def _section(kind: Any, location: Sequence[int | str]) -> Any:

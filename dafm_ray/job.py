@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from dafm_ray.config import (
     EvaluateConfig,
@@ -13,6 +13,9 @@ from dafm_ray.config import (
     load_config,
 )
 from dafm_ray.errors import DONE, DONE_WITH_FAILURES, DafmError
+
+if TYPE_CHECKING:
+    from dafm_ray.report.evaluate import Evaluation
 
 Config = TypeVar("Config")
 
@@ -73,13 +76,8 @@ def precompute_job(config: PrecomputeConfig) -> int:
 def evaluate_job(config: EvaluateConfig) -> int:
     """Evaluate the sub-models and fusions of a store; write metrics, tables and a report."""
     from dafm_ray.report.evaluate import evaluate
-    from dafm_ray.report.tables import to_markdown
 
-    evaluation = evaluate(config)
-    print(to_markdown(evaluation.table))
-    print("\n".join(evaluation.notes))
-    print(f"report: {evaluation.report}")
-    return _exit_code(evaluation.failures, str(evaluation.report))
+    return _shown(evaluate(config))
 
 
 def train_fusion_job(config: FusionConfig) -> int:
@@ -87,7 +85,6 @@ def train_fusion_job(config: FusionConfig) -> int:
     from dafm_ray.fusion.artefact import record_metrics
     from dafm_ray.fusion.train import train_fusion
     from dafm_ray.report.evaluate import evaluate
-    from dafm_ray.report.tables import to_markdown
 
     out = train_fusion(config)
     reported = config.validation_stores or config.stores
@@ -101,11 +98,8 @@ def train_fusion_job(config: FusionConfig) -> int:
         )
     )
     record_metrics(out, {row.name: row.metrics for row in evaluation.table.rows})
-    print(to_markdown(evaluation.table))
-    print("\n".join(evaluation.notes))
     print(f"fusion: {out}")
-    print(f"report: {evaluation.report}")
-    return _exit_code(evaluation.failures, str(evaluation.report))
+    return _shown(evaluation)
 
 
 def finetune_job(config: FinetuneConfig) -> int:
@@ -114,6 +108,15 @@ def finetune_job(config: FinetuneConfig) -> int:
 
     print(f"weights: {finetune(config)}")
     return DONE
+
+
+def _shown(evaluation: "Evaluation") -> int:
+    from dafm_ray.report.tables import to_markdown
+
+    print(to_markdown(evaluation.table))
+    print("\n".join(evaluation.notes))
+    print(f"report: {evaluation.report}")
+    return _exit_code(evaluation.failures, str(evaluation.report))
 
 
 def _exit_code(failures: int, where: str) -> int:

@@ -1,7 +1,14 @@
 import pytest
 import yaml
 
-from dafm_ray.config import EvaluateConfig, FusionConfig, PrecomputeConfig, load_config, to_yaml
+from dafm_ray.config import (
+    EvaluateConfig,
+    FusionConfig,
+    PrecomputeConfig,
+    load_config,
+    parse_config,
+    to_yaml,
+)
 from dafm_ray.errors import ConfigError
 
 VALUES = {
@@ -116,3 +123,25 @@ def test_the_fusion_configurations_that_ship_are_valid():
         "raw",
         "paper",
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"store": 5}, "'store': the value should be a valid string or a valid array, found 5"),
+        ({"store": ["a", 5]}, "'store.1': the value should be a valid string, found 5"),
+        ({"recipe": {"tau_bounds": [1]}}, "'recipe.tau_bounds' has too few entries, found [1]"),
+        ({"recipe": {"tau_bounds": [1, "a"]}}, "'recipe.tau_bounds.1': the value should be a "),
+    ],
+)
+def test_lists_and_choices_are_named_as_they_are_written(values, message):
+    with pytest.raises(ConfigError) as refusal:
+        parse_config(FusionConfig, {"store": "a", "out": "b"} | values, "f.yaml")
+    assert message in str(refusal.value)
+
+
+def test_a_choice_within_a_list_is_named_as_it_is_written():
+    model = {"name": "a", "id": "b", "num_gpus": "x"}
+    values = {"store": "a", "dataset": {"name": "icons"}, "models": [model]}
+    with pytest.raises(ConfigError, match=r"'models.0.num_gpus': .* a valid number or 'auto'"):
+        parse_config(PrecomputeConfig, values, "p.yaml")

@@ -25,7 +25,7 @@ from dafm_ray.evaluation.metrics import Ints
 from dafm_ray.files import replacing
 from dafm_ray.fusion.bank import Bank, bank_of_others, banked_convex, own_bank
 from dafm_ray.fusion.base import Fusion
-from dafm_ray.fusion.folds import NOBODY, grouped_folds
+from dafm_ray.fusion.folds import NOBODY, bank_folds
 from dafm_ray.fusion.inputs import Channels, Inputs
 from dafm_ray.fusion.learned import Learned, OutOfFold, mean_network
 from dafm_ray.fusion.lightfusion import LightFusion, Shape
@@ -242,10 +242,7 @@ class Artefact:
         if set(store.models) == set(about.models):
             systems = self._static(store, trained_Q, bank)
         learned = Learned(about.name, by_fold, inputs, trained_Q)
-        missing = tuple(name for name in about.models if name not in store.models)
-        weights = about.convex_note if systems else ""
-        seen = bool(known.any())
-        return Fitted((*systems, learned), learned, bank, missing, seen, about.doubts, weights)
+        return Fitted(about, tuple(systems), learned)
 
     def _static(self, store: TileStore, trained_Q: Ints, bank: Bank | None) -> list[Fusion]:
         titles = " + ".join(trained.title for trained in self.about.stores)
@@ -291,7 +288,7 @@ class Artefact:
         if source is not None:
             return bank_of_others(store, source, about.bank_t, about.profiles)
         if (trained_Q == NOBODY).all():
-            fold_of_Q = bank_folds(store, about.folds, about.seed)
+            fold_of_Q = bank_folds(store.queries, about.folds, about.seed)
         else:
             fold_of_Q = np.where(trained_Q == NOBODY, about.folds, trained_Q)
         return own_bank(store, fold_of_Q, about.bank_t, about.profiles)
@@ -302,33 +299,45 @@ class Fitted:
     """An artefact on a store.
 
     Attributes:
-        systems: the static systems of the same folds, and the learned one.
-        learned: the last of them.
-        bank: of the store, if the fusion has one.
-        missing: models of the fusion that the store lacks.
-        out_of_fold: whether queries were learned from, each ranked by what did not see it.
-        doubts: see `Description.doubts`.
-        weights: the convex weights in words, if they are among the systems.
+        about: the artefact.
+        static: the static systems of the same folds; none where the store lacks a model.
+        learned: the networks.
     """
 
-    systems: tuple[Fusion, ...]
+    about: Description
+    static: tuple[Fusion, ...]
     learned: Learned
-    bank: Bank | None
-    missing: tuple[str, ...]
-    out_of_fold: bool
-    doubts: tuple[str, ...]
-    weights: str
+
+    @property
+    def systems(self) -> tuple[Fusion, ...]:
+        """All of them, the learned one last."""
+        return (*self.static, self.learned)
+
+    @property
+    def bank(self) -> Bank | None:
+        """Of the store, if the fusion has one."""
+        return self.learned.inputs.bank
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Models of the fusion that the store lacks."""
+        there = self.learned.inputs.store.models
+        return tuple(name for name in self.about.models if name not in there)
+
+    @property
+    def out_of_fold(self) -> bool:
+        """Whether queries were learned from, each ranked by what did not see it."""
+        return bool((self.learned.fold_of_Q != NOBODY).any())
 
     def called(self, name: str) -> "Fitted":
         """The same under another name, for tables with several."""
-        learned = replace(self.learned, name=name)
-        return replace(self, systems=(*self.systems[:-1], learned), learned=learned)
+        return replace(self, learned=replace(self.learned, name=name))
 
     @property
     def notes(self) -> list[str]:
         """What a reader of the numbers has to know."""
         notes = []
-        if self.doubts:
+        if self.about.doubts:
             notes.append(
                 f"{self.learned.name}: its numbers compare with no others, because the network may "
                 "see what a ranking must not depend on (docs/fusion.md, the order leak)."
@@ -338,22 +347,13 @@ class Fitted:
                 f"{self.learned.name} and convex weights rank every query with what was trained "
                 "on the other folds."
             )
-        if self.weights:
-            notes.append(self.weights)
+        if self.static:
+            notes.append(self.about.convex_note)
         if self.bank is not None:
             notes.append(self.bank.note)
         if self.missing:
             notes.append(f"{self.learned.name} does without {', '.join(self.missing)}.")
         return notes
-
-
-def bank_folds(store: TileStore, folds: int, seed: int) -> Ints:
-    """Grouped folds for the bank of a store's own queries, fewer where there are few groups."""
-    alone = sum(not query.fold_group for query in store.queries)
-    groups = len({query.fold_group for query in store.queries if query.fold_group}) + alone
-    if groups < 2:
-        return np.zeros(store.size("queries"), dtype=np.int64)
-    return grouped_folds(store.queries, min(folds, groups), seed)
 
 
 def write_description(folder: Path, about: Description) -> None:

@@ -18,7 +18,7 @@ from dafm_ray.datasets.base import digest
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.evaluation.metrics import Ints, Scores
 from dafm_ray.fusion.base import Fusion
-from dafm_ray.fusion.folds import NOBODY
+from dafm_ray.fusion.folds import NOBODY, folds_of_rows
 from dafm_ray.fusion.normalise import zscore
 from dafm_ray.fusion.profiles import SIZE, Profiles, project
 from dafm_ray.fusion.rank import masked_scores
@@ -86,7 +86,7 @@ class Bank:
 
     def folds(self, rows_B: Ints) -> Ints:
         """The fold of each query; `NOBODY` for one that the bank does not hold."""
-        return np.where(rows_B >= 0, self.fold_of_Q[rows_B], NOBODY)
+        return folds_of_rows(self.fold_of_Q, rows_B)
 
     def hubs(self, rows_B: Ints, held_out: int = NOBODY) -> Scores:
         """(M, B, N) float32 hub statistics for some queries, each without its own fold.

@@ -50,5 +50,21 @@ def grouped_folds(queries: Sequence[Query], folds: int, seed: int = 0) -> Ints:
     return fold_of
 
 
+def folds_of_rows(fold_of_Q: Ints, rows_B: Ints) -> Ints:
+    """(B,) fold of some queries; `NOBODY` for a row of -1, a query of no store."""
+    return np.where(rows_B >= 0, fold_of_Q[rows_B], NOBODY)
+
+
+def bank_folds(queries: Sequence[Query], folds: int, seed: int) -> Ints:
+    """(Q,) grouped folds for the bank of a store's own queries, fewer where there are few groups;
+    one fold where nothing can be kept apart.
+    """
+    alone = sum(not query.fold_group for query in queries)
+    groups = len({query.fold_group for query in queries if query.fold_group}) + alone
+    if groups < 2:
+        return np.zeros(len(queries), dtype=np.int64)
+    return grouped_folds(queries, min(folds, groups), seed)
+
+
 def _hash(seed: int, group: str) -> bytes:
     return hashlib.blake2b(f"{seed}:{group}".encode(), digest_size=16).digest()

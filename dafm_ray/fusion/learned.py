@@ -10,7 +10,7 @@ from torch import Tensor
 from dafm_ray.evaluation.metrics import Ints, Scores
 from dafm_ray.fusion.base import Fusion
 from dafm_ray.fusion.fit import CACHED_CANDIDATES
-from dafm_ray.fusion.folds import NOBODY
+from dafm_ray.fusion.folds import folds_of_rows
 from dafm_ray.fusion.inputs import Inputs
 from dafm_ray.fusion.lightfusion import LightFusion
 
@@ -97,7 +97,7 @@ class Learned:
 
 def by_fold(fold_of_Q: Ints, rows_B: Ints) -> list[tuple[int, Ints]]:
     """(fold, places in the batch); queries of no store, or of no fold, under `NOBODY`."""
-    fold_of_B = np.where(rows_B >= 0, fold_of_Q[rows_B], NOBODY)
+    fold_of_B = folds_of_rows(fold_of_Q, rows_B)
     return [(int(fold), np.flatnonzero(fold_of_B == fold)) for fold in np.unique(fold_of_B)]
 
 

@@ -5,22 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dafm_ray.config import BANK_T, FOLDS
 from dafm_ray.errors import ConfigError, DataError
-from dafm_ray.fusion.artefact import Artefact, bank_folds, is_artefact, load_artefact
+from dafm_ray.fusion.artefact import Artefact, is_artefact, load_artefact
 from dafm_ray.fusion.bank import SUFFIX, Bank, Banked, bank_of_others, banked_convex, own_bank
 from dafm_ray.fusion.base import Fusion
 from dafm_ray.fusion.convex import search_convex, search_strengths
-from dafm_ray.fusion.folds import NOBODY
+from dafm_ray.fusion.folds import NOBODY, bank_folds
 from dafm_ray.fusion.rank import singles
 from dafm_ray.fusion.static import Convex, static_fusion
 from dafm_ray.tiles.store import TileStore
 
 STRENGTH = 0.75
 """Of a bank that is asked for by name alone; what every fold of CIRR val chooses."""
-
-BANK_T = 1.5
-
-FOLDS = 5
 
 
 @dataclass
@@ -124,23 +121,28 @@ class Maker:
     def _bank(self, store: TileStore, source: TileStore | None) -> Bank:
         if source is not None:
             return bank_of_others(store, source, self.bank_t)
-        return own_bank(store, bank_folds(store, FOLDS, 0), self.bank_t)
+        return own_bank(store, bank_folds(store.queries, FOLDS, 0), self.bank_t)
 
 
 def tuned_on(stores: Sequence[TileStore], bank_t: float = BANK_T) -> tuple[Convex, float]:
     """Convex weights searched on stores of other queries, and the strength of their bank."""
     convex = search_convex(*stores)
-    banks = [own_bank(store, bank_folds(store, FOLDS, 0), bank_t) for store in stores]
+    banks = [own_bank(store, bank_folds(store.queries, FOLDS, 0), bank_t) for store in stores]
     return convex, search_strengths(stores, banks, [convex], [NOBODY])[0]
 
 
-def complete_part(store: TileStore) -> TileStore:
-    """The store with the models whose tiles are all there.
+def open_for(name: str, uri: str) -> TileStore:
+    """The store that a system ranks: whole, but a trained fusion does without the models whose
+    tiles are not all there.
 
     Raises:
-        DataError: there is none.
+        DataError: the store is incomplete, for a trained fusion under every model.
     """
-    whole = [name for name in store.models if not store.missing([name])]
-    if not whole:
-        raise DataError(f"{store.uri}: no model's tiles are complete; run `dafm precompute` first")
-    return store if len(whole) == len(store.models) else store.of(whole)
+    store = TileStore(uri)
+    if is_artefact(name):
+        whole = [model for model in store.models if not store.missing([model])]
+        if not whole:
+            raise DataError(f"{uri}: no model's tiles are complete; run `dafm precompute` first")
+        return store if len(whole) == len(store.models) else store.of(whole)
+    store.refuse_incomplete()
+    return store

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dafm_ray.errors import DataError
+from dafm_ray.models.base import RANDOM
 
 Sizes = TypeVar("Sizes")
 
@@ -110,11 +111,13 @@ def read_checkpoint(location: str) -> Checkpoint:
 
 
 def weights_digest(location: str) -> str:
-    """SHA-256 of the bytes of weights files.
+    """SHA-256 of the bytes of weights files; weights that are no file are their own digest.
 
     Raises:
         DataError: there is no such file.
     """
+    if location in RANDOM:
+        return location
     hasher = hashlib.sha256()
     for part in location.split("+"):
         with _local_path(part).open("rb") as file:

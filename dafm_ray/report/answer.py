@@ -1,18 +1,13 @@
 """The answer to one query as a page with pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from dafm_ray.config import DatasetConfig
-from dafm_ray.datasets.images import ImageError
-from dafm_ray.datasets.registry import load_dataset
-from dafm_ray.errors import DafmError
 from dafm_ray.fusion.search import Found
-from dafm_ray.report.cases import data_uri
+from dafm_ray.report.cases import data_uri, thumbnails
 from dafm_ray.tiles.store import TileStore
-from dafm_ray.tiles.unpack import unpacked
 
 
 def answer_page(
@@ -43,21 +38,6 @@ def answer_page(
         reference=data_uri(image),
         captions=captions,
         found=found,
-        pictures=_pictures(store, [one.id for one in found]),
+        pictures=thumbnails(store, [one.id for one in found]),
         notes=notes,
     )
-
-
-def _pictures(store: TileStore, ids: Sequence[str]) -> Mapping[str, str]:
-    try:
-        dataset = unpacked(store, load_dataset(DatasetConfig(**store.manifest.dataset)))
-    except (DafmError, TypeError):
-        return {}
-    shown = {}
-    for id in ids:
-        try:
-            place = dataset.gallery.locators[dataset.gallery.position(id)]
-            shown[id] = data_uri(dataset.source.open(place))
-        except (ImageError, KeyError):
-            continue
-    return shown

@@ -2,17 +2,21 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from dafm_ray.datasets.base import Dataset, Query
+from dafm_ray.config import DatasetConfig
+from dafm_ray.datasets.base import Query
 from dafm_ray.datasets.images import ImageError
+from dafm_ray.datasets.registry import load_dataset
+from dafm_ray.errors import DafmError
 from dafm_ray.fusion.base import Fusion
 from dafm_ray.fusion.rank import masked_scores, top_candidates
 from dafm_ray.tiles.store import TileStore
+from dafm_ray.tiles.unpack import unpacked
 
 SHOWN = 5
 THUMBNAIL = 96
@@ -87,9 +91,9 @@ def _shown(store: TileStore, query: Query, positions: list[int]) -> tuple[Shown,
     return tuple(Shown(id, id in query.targets) for id in ids)
 
 
-def thumbnails(dataset: Dataset, cases: Sequence[Case]) -> dict[str, str]:
-    """Gallery id -> data URI of every picture the cases show; unusable images are left out."""
-    wanted = {
+def pictured(cases: Sequence[Case]) -> set[str]:
+    """Gallery ids of every picture the cases show."""
+    return {
         id
         for case in cases
         for id in (
@@ -98,8 +102,21 @@ def thumbnails(dataset: Dataset, cases: Sequence[Case]) -> dict[str, str]:
             *(shown.id for ranking in case.rankings for shown in ranking.first),
         )
     }
+
+
+def thumbnails(store: TileStore, ids: Iterable[str]) -> dict[str, str]:
+    """Gallery id -> data URI; unusable images are left out, and all of them where the images are
+    not at hand (a store of scores alone).
+    """
+    try:
+        dataset = load_dataset(DatasetConfig(**store.manifest.dataset))
+    except (DafmError, TypeError):
+        return {}
+    if dataset.gallery.digest != store.manifest.gallery_digest:
+        return {}
+    dataset = unpacked(store, dataset)
     found: dict[str, str] = {}
-    for id in sorted(wanted):
+    for id in sorted(ids):
         try:
             image = dataset.source.open(dataset.gallery.locators[dataset.gallery.position(id)])
         except ImageError:

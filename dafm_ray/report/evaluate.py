@@ -11,10 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dafm_ray.config import DatasetConfig, EvaluateConfig, to_yaml
+from dafm_ray.config import EvaluateConfig, to_yaml
 from dafm_ray.datasets.base import Query, digest
-from dafm_ray.datasets.registry import load_dataset
-from dafm_ray.errors import ConfigError, DafmError, DataError, refusals
+from dafm_ray.errors import ConfigError, DataError, refusals
 from dafm_ray.evaluation.metrics import UNRANKED
 from dafm_ray.evaluation.overlap import overlap
 from dafm_ray.evaluation.protocols import HEADLINE, protocol
@@ -33,7 +32,6 @@ from dafm_ray.report.stores import refuse_leaks, refuse_unlike
 from dafm_ray.report.tables import Row, Table, to_csv, to_latex, to_markdown
 from dafm_ray.tiles.manifest import Manifest, joint_title
 from dafm_ray.tiles.store import TileStore
-from dafm_ray.tiles.unpack import unpacked
 
 BASELINES = ("mean@zscore", "convex@zscore", "convex@zscore+bank")
 """Systems that every other one is compared with, beside the best single one."""
@@ -146,7 +144,7 @@ def _cases(
         ranks = {system.name: _ranks(system) for system in ranked}
         drawn = case_studies.sample_cases(store, here.systems, ranks, count, config.seed)
         cases.extend(drawn)
-        pictures |= _pictures(store, drawn)
+        pictures |= case_studies.thumbnails(store, case_studies.pictured(drawn))
     return cases, pictures
 
 
@@ -298,17 +296,6 @@ def _verdicts(table: Table) -> list[str]:
                 "well without a network."
             )
     return said
-
-
-def _pictures(store: TileStore, drawn: Sequence[case_studies.Case]) -> dict[str, str]:
-    """Thumbnails, or none where the images are not at hand (a store of scores alone)."""
-    try:
-        dataset = load_dataset(DatasetConfig(**store.manifest.dataset))
-    except (DafmError, TypeError):
-        return {}
-    if dataset.gallery.digest != store.manifest.gallery_digest:
-        return {}
-    return case_studies.thumbnails(unpacked(store, dataset), drawn)
 
 
 def _ranks(system: SystemRanks) -> list[int | None]:

@@ -13,7 +13,6 @@ from dafm_ray.datasets.base import Dataset
 from dafm_ray.datasets.images import ImageError
 from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import ConfigError
-from dafm_ray.models.base import RANDOM
 from dafm_ray.models.checkpoints import weights_digest
 from dafm_ray.models.registry import resolve
 from dafm_ray.progress import StatusWriter, progress
@@ -129,8 +128,7 @@ def _finished(store: TileStore, keys: Sequence[str]) -> list[bool]:
 
 
 def _entry(model: ModelConfig) -> ModelEntry:
-    weights = resolve(model.id)[1].weights
-    digest = weights if weights in RANDOM else weights_digest(weights)
+    digest = weights_digest(resolve(model.id)[1].weights)
     return ModelEntry(model.id, digest, model.batch, model.precision)
 
 
