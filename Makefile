@@ -24,7 +24,7 @@ demo: $(READY)
 	$(BIN)/dafm demo
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/pytest -m slow --timeout 1800

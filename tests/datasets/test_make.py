@@ -9,7 +9,7 @@ from dafm_ray.datasets.fashioniq import CATEGORIES
 from dafm_ray.datasets.icons import IconSource
 from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.report.evaluate import evaluate
-from dafm_ray.tiles.precompute import precompute
+from dafm_ray.tiles.precompute import precompute_together
 from dafm_ray.tiles.store import TileStore
 
 WEIGHTS = "package://dafm_ray.demo/weights/clip4cir_sum.safetensors"
@@ -44,10 +44,13 @@ def test_the_whole_way_gives_the_hits_of_the_icons(layout, tmp_path):
         made = load_dataset(DatasetConfig("fashioniq", "val", root=str(root), category="toptee"))
         drawn = replace(made.gallery, locators=made.gallery.ids)
         icons = replace(made, gallery=drawn, source=IconSource())
-    found = {}
-    for name, dataset in (("made", made), ("icons", icons)):
-        config = PrecomputeConfig(DatasetConfig("cirr"), SUM, str(tmp_path / name))
-        found[name] = ranks(precompute(config, dataset).store, tmp_path / f"{name}-report")
+    names = ("made", "icons")
+    configs = [PrecomputeConfig(DatasetConfig("cirr"), SUM, str(tmp_path / n)) for n in names]
+    outcomes = precompute_together(configs, [made, icons])
+    found = {
+        name: ranks(outcome.store, tmp_path / f"{name}-report")
+        for name, outcome in zip(names, outcomes, strict=True)
+    }
     assert found["made"].keys() == found["icons"].keys()
     twins = {
         (q.reference, q.targets[0])

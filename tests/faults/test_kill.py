@@ -11,6 +11,8 @@ import numpy as np
 import psutil
 import pytest
 
+from dafm_ray.config import PrecomputeConfig, load_config
+from dafm_ray.tiles.precompute import precompute
 from dafm_ray.tiles.store import TileStore
 from tests.samples import image_folder
 
@@ -55,9 +57,7 @@ def config(tmp_path_factory):
     file = root / "job.yaml"
     file.write_text(
         f"dataset: {{name: folder, root: {images}}}\n"
-        "models:\n"
-        "  - {name: sum, id: 'clip4cir:sum@random-tiny'}\n"
-        "  - {name: text, id: 'zeroshot:text@random-tiny'}\n"
+        "models: [{name: sum, id: 'clip4cir:sum@random-tiny'}]\n"
         "store: unused\n"
         "encode_block: 4\ntile_queries: 4\ntile_candidates: 8\n"
     )
@@ -65,10 +65,9 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def unbroken(config):
+def unbroken(config, local_ray):
     store = config.parent / "unbroken"
-    run(config, store)
-    return TileStore(str(store))
+    return precompute(load_config(PrecomputeConfig, config, [f"store={store}"])).store
 
 
 @pytest.mark.parametrize("part", ["features", pytest.param("scores", marks=pytest.mark.slow)])

@@ -5,7 +5,7 @@ from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.datasets.shards import ParquetImages, TarImages
 from dafm_ray.report.evaluate import evaluate
 from dafm_ray.tiles import unpack as module
-from dafm_ray.tiles.precompute import precompute
+from dafm_ray.tiles.precompute import precompute, precompute_together
 from dafm_ray.tiles.store import TileStore
 from dafm_ray.tiles.unpack import unpack_part, unpacked
 from tests.samples import image_folder, parquet_shard, picture, tar_shard
@@ -37,17 +37,19 @@ def test_files_tars_and_parquet_give_the_same_tiles(tmp_path, root):
     tar_shard(tmp_path / "a.tar", members(root)[::-1])
     parquet_shard(tmp_path / "a.parquet", members(root)[3:], row_group_size=6)
     parquet_shard(tmp_path / "b.parquet", members(root)[:3])
-    stores = {}
-    for name, dataset in (
-        ("files", DatasetConfig("folder", root=str(root))),
-        ("tar", DatasetConfig("folder", root=str(queries), images=str(tmp_path / "a.tar"))),
-        ("parquet", DatasetConfig("folder", root=str(queries), images=f"{tmp_path}/*.parquet")),
-    ):
-        outcome = precompute(config(tmp_path, name, dataset))
+    sources = {
+        "files": DatasetConfig("folder", root=str(root)),
+        "tar": DatasetConfig("folder", root=str(queries), images=str(tmp_path / "a.tar")),
+        "parquet": DatasetConfig("folder", root=str(queries), images=f"{tmp_path}/*.parquet"),
+    }
+    configs = [config(tmp_path, *source) for source in sources.items()]
+    outcomes = precompute_together(configs, [load_dataset(one.dataset) for one in configs])
+    records = []
+    for outcome in outcomes:
         assert [failure.id for failure in outcome.failures] == ["broken.png"]
-        stores[name] = outcome.store.finished() and outcome.store._records
-    assert stores["files"] == stores["tar"] == stores["parquet"]
-    assert precompute(config(tmp_path, "parquet", dataset)).blocks == 0
+        records.append(outcome.store.finished() and outcome.store._records)
+    assert records[0] == records[1] == records[2]
+    assert precompute(configs[-1]).blocks == 0
     assert list((tmp_path / "parquet" / "images").glob("*.tar"))
     assert not (tmp_path / "tar" / "images").exists()
     page = evaluate(EvaluateConfig(store=str(tmp_path / "parquet"), out=str(tmp_path / "r")))
