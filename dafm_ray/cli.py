@@ -15,6 +15,7 @@ from dafm_ray.config import (
     FinetuneConfig,
     FusionConfig,
     PrecomputeConfig,
+    StudyConfig,
     load_config,
 )
 from dafm_ray.errors import DONE, ConfigError, DataError, refusals, unknown
@@ -26,6 +27,7 @@ from dafm_ray.job import (
     precompute_job,
     say,
     train_fusion_job,
+    tune_fusion_job,
 )
 
 Command = Callable[[argparse.Namespace], int]
@@ -84,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     fuse = _group(commands, "fuse", "learned fusions")
     train = _add(fuse, "train", _fuse_train, "LightFusion on Ray Train, with a report")
     add_config_arguments(train)
+    tune = _add(fuse, "tune", _fuse_tune, "a study on Ray Tune, with a report; resumes by itself")
+    add_config_arguments(tune)
     onnx = _add(fuse, "export", _fuse_export, "a trained fusion as an ONNX graph")
     onnx.add_argument("fusion", type=Path, help="folder of a trained fusion")
     onnx.add_argument("--to", type=Path, metavar="FILE", help="default: fusion.onnx in that folder")
@@ -248,6 +252,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _fuse_train(arguments: argparse.Namespace) -> int:
     return train_fusion_job(load_config(FusionConfig, arguments.config, arguments.set))
+
+
+def _fuse_tune(arguments: argparse.Namespace) -> int:
+    return tune_fusion_job(load_config(StudyConfig, arguments.config, arguments.set))
 
 
 def _fuse_export(arguments: argparse.Namespace) -> int:

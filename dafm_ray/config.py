@@ -464,6 +464,144 @@ class FusionConfig:
         return _several(self.validation)
 
 
+@dataclass(frozen=True)
+class Between:
+    """A range of a search space.
+
+    Attributes:
+        low: smallest value.
+        high: largest.
+        log: drawn evenly by its logarithm.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        if not -math.inf < self.low < self.high < math.inf or (self.log and self.low <= 0):
+            raise ConfigError("a range needs low < high, and low above 0 for log")
+
+
+Space = dict[str, Between | tuple[Any, ...]]
+"""Key -> its values: all of a list, or draws from a range."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A sweep on Ray Tune: many fusions of the same scores, and what to learn from them.
+
+    Attributes:
+        kind: `networks` trains a fusion for every setting of the space and chooses one; `orders`
+            trains every subset of the models once, and grows fusions model by model in several
+            orders; `static` ranks with static fusions, which need no training.
+        fusion: keys of a FusionConfig, without `out`: what every setting changes. Its `store` is
+            learned and chosen on; a `validation` store is what the choice is reported on.
+        out: folder or pyarrow filesystem URI.
+        spaces: dotted keys of a FusionConfig (`static`: of a StaticSetting) and their values. Each
+            space is searched for itself, which is how one thing at a time is varied.
+        search: how a space with ranges is drawn from: `random`, evenly spread, or `optuna`, which
+            learns from what was found. A space of lists alone is tried in full.
+        trials: settings drawn from each space that has a range.
+        baseline: the setting that the chosen one is compared with; always tried.
+        metric: what decides.
+        report_folds: folds whose labels no trial sees and on which the choice is reported, where
+            there is no `validation` store.
+        stop_early: give up settings that are behind after an epoch (ASHA).
+        first: in `orders`, the model that orders start with; by default the best one alone.
+        grown: in `orders`, which orders a fusion is grown in: those that begin with `first`, `all`,
+            or `none`.
+        cpus: of a trial; a fraction lets several share one.
+        gpus: of a trial; a fraction lets several share one.
+        seed: of the draws.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    kind: Literal["networks", "orders", "static"]
+    fusion: dict[str, Any]
+    out: str
+    spaces: tuple[Space, ...] = ()
+    search: Literal["random", "optuna"] = "random"
+    trials: int = 24
+    baseline: dict[str, Any] = field(default_factory=dict)
+    metric: str = "R@10"
+    report_folds: int = 2
+    stop_early: bool = False
+    first: str = ""
+    grown: Literal["first", "all", "none"] = "first"
+    cpus: float = 1.0
+    gpus: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind == "orders" and (self.spaces or self.baseline):
+            raise ConfigError("kind orders has no space and no baseline: it tries every subset")
+        if self.kind != "orders" and not all(self.spaces or [{}]):
+            raise ConfigError("spaces: name at least one key and its values in each")
+        for key, values in (pair for space in self.spaces for pair in space.items()):
+            if not isinstance(values, Between) and not values:
+                raise ConfigError(f"spaces: {key} has no values")
+        if self.search == "optuna" and (len(self.spaces) != 1 or self.kind != "networks"):
+            raise ConfigError("search optuna takes one space, of kind networks")
+        if self.trials < 1 or not 0 <= self.seed <= _LARGEST_SEED:
+            raise ConfigError("trials must be at least 1, seed in [0, 2^31)")
+        if not 0 < self.cpus < math.inf or not 0 <= self.gpus < math.inf:
+            raise ConfigError("cpus must be above 0, gpus at least 0")
+        if self.report_folds < 1 or self.report_folds > self.base.folds - 2:
+            raise ConfigError(
+                "report_folds must be at least 1 and leave two of fusion.folds to choose with"
+            )
+
+    @property
+    def base(self) -> FusionConfig:
+        """`fusion` as a configuration of its own."""
+        return self.with_setting({})
+
+    def with_setting(self, setting: Mapping[str, Any]) -> FusionConfig:
+        """What a setting trains.
+
+        Raises:
+            ConfigError: a key that there is not, a value that it cannot have.
+        """
+        # A validation store is of other queries, whatever a trial is chosen on.
+        protocol = "train->val" if self.fusion.get("validation") else "out-of-fold"
+        given = {"out": "", "protocol": protocol, **self.fusion}
+        values = json.loads(json.dumps(given))
+        for key, value in setting.items():
+            _put(values, key, value, f"spaces: {key}")
+        return parse_config(FusionConfig, values, "fusion")
+
+
+@dataclass(frozen=True)
+class StaticSetting:
+    """One static fusion of a study.
+
+    Attributes:
+        system: a static fusion as `mean@zscore`, or `convex`.
+        weights: of `convex`, model -> weight; divided by their sum.
+        k: of `rrf`.
+        strength: of a query bank; 0 takes none.
+        bank_t: of that bank.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    system: str = "mean@zscore"
+    weights: dict[str, float] = field(default_factory=dict)
+    k: float = 60
+    strength: float = 0.0
+    bank_t: float = BANK_T
+
+    def __post_init__(self) -> None:
+        if min(self.weights.values(), default=0) < 0 or self.k <= 0 or self.strength < 0:
+            raise ConfigError("weights and strength must be at least 0, k above 0")
+        if not 0 < self.bank_t < math.inf:
+            raise ConfigError("bank_t must be a number above 0")
+
+
 def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a job's configuration.
 
@@ -517,6 +655,11 @@ def _set(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {override!r}: the value is not YAML") from None
+    _put(values, key, value, f"--set {override!r}")
+
+
+def _put(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set a dotted key, as `models.0.batch`."""
     *path, last = key.split(".")
     target: Any = values
     for part in path:
@@ -525,13 +668,13 @@ def _set(values: dict[str, Any], override: str) -> None:
         elif isinstance(target, dict):
             target = target.setdefault(part, {})
         else:
-            raise ConfigError(f"--set {override!r}: there is no section or entry {part!r}")
+            raise ConfigError(f"{where}: there is no section or entry {part!r}")
     if isinstance(target, list) and last.isdigit() and int(last) < len(target):
         target[int(last)] = value
     elif isinstance(target, dict):
         target[last] = value
     else:
-        raise ConfigError(f"--set {override!r}: there is no section or entry {last!r}")
+        raise ConfigError(f"{where}: there is no section or entry {last!r}")
 
 
 def _explain(kind: type, errors: Sequence[Mapping[str, Any]]) -> str:
@@ -540,17 +683,19 @@ def _explain(kind: type, errors: Sequence[Mapping[str, Any]]) -> str:
     """
     first = min(errors, key=lambda error: (error["type"] != _UNKNOWN_KEY, -len(error["loc"])))
     location = first["loc"]
-    key = _key(kind, location)
+    key, _ = _walk(kind, location)
     if first["type"] == _UNKNOWN_KEY:
-        known = [f.name for f in fields(_section(kind, location[:-1]))]
+        known = [f.name for f in fields(_walk(kind, location[:-1])[1])]
         near = get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         return f"unknown key {key!r}; {hint}"
     if first["type"] in ("missing", "missing_argument"):
         if isinstance(location[-1], int):
-            return f"{_key(kind, location[:-1])!r} has too few entries, found {first['input']!r}"
+            key, _ = _walk(kind, location[:-1])
+            return f"{key!r} has too few entries, found {first['input']!r}"
         return f"the key {key!r} is missing"
-    same = [e for e in errors if _key(kind, e["loc"]) == key and len(e["loc"]) == len(location)]
+    same = [e for e in errors if _walk(kind, e["loc"])[0] == key]
+    same = [error for error in same if len(error["loc"]) == len(location)]
     said = dict.fromkeys(re.sub(r"^Input should be ", "", str(e["msg"])) for e in same)
     message = " or ".join(said)
     if len(said) > 1 or message != first["msg"]:
@@ -561,24 +706,17 @@ def _explain(kind: type, errors: Sequence[Mapping[str, Any]]) -> str:
     return f"{key!r}: {message}, found {found!r}" if key else message
 
 
-def _key(kind: Any, location: Sequence[int | str]) -> str:
-    """The dotted key, as a user writes it: without the names that members of unions have."""
+def _walk(kind: Any, location: Sequence[int | str]) -> tuple[str, Any]:
+    """The dotted key, as a user writes it, and its type: without the names that pydantic gives to
+    members of unions.
+    """
     parts = []
     for part in location:
+        inner = [arg for arg in get_args(kind) if arg is not ...]
         if get_origin(kind) in (Union, UnionType):
-            kind = get_args(kind)[-1]
+            kind = next((arg for arg in inner if getattr(arg, "__name__", "") == part), inner[-1])
             continue
         hints = get_type_hints(kind) if is_dataclass(kind) else {}
-        inner = [arg for arg in get_args(kind) if arg is not ...]
         kind = hints.get(str(part)) if hints else (inner[-1] if inner else None)
         parts.append(str(part))
-    return ".".join(parts)
-
-
-def _section(kind: Any, location: Sequence[int | str]) -> Any:
-    for part in location:
-        if isinstance(part, str):
-            kind = get_type_hints(kind)[part]
-        while not is_dataclass(kind):
-            kind = get_args(kind)[0]
-    return kind
+    return ".".join(parts), kind

@@ -10,6 +10,7 @@ from dafm_ray.config import (
     FinetuneConfig,
     FusionConfig,
     PrecomputeConfig,
+    StudyConfig,
     load_config,
 )
 from dafm_ray.errors import DONE, DONE_WITH_FAILURES, DafmError
@@ -100,6 +101,17 @@ def train_fusion_job(config: FusionConfig) -> int:
     record_metrics(out, {row.name: row.metrics for row in evaluation.table.rows})
     print(f"fusion: {out}")
     return _shown(evaluation)
+
+
+def tune_fusion_job(config: StudyConfig) -> int:
+    """Sweep over fusions: settings of a network, subsets and orders of models, static fusions."""
+    from dafm_ray.report.study import report_study
+
+    report = report_study(config)
+    print(report.table)
+    print("\n".join(report.notes))
+    print(f"study: {report.out}")
+    return _exit_code(report.failures, f"{report.out}/trials.csv")
 
 
 def finetune_job(config: FinetuneConfig) -> int:

@@ -7,7 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dafm_ray.config import load_config, to_yaml
+import yaml
+
+from dafm_ray.config import parse_config, to_yaml
 from dafm_ray.errors import ConfigError, DafmError, refusals
 from dafm_ray.progress import followed
 from dafm_ray.session import available_cpus, available_gpus
@@ -15,6 +17,7 @@ from dafm_ray.session import available_cpus, available_gpus
 if TYPE_CHECKING:
     from ray.train import Checkpoint
 
+CONFIG = "config.yaml"
 STATUS = "status.json"
 POLL_S = "0.25"
 """Ray Train's controller looks at its workers so often; by default every 2 s, and each report of an
@@ -31,22 +34,32 @@ def claim(out: Path, config: Any, machine: Collection[str]) -> None:
         config: of the job; written there as `config.yaml`.
         machine: keys that may change between two starts of one run.
     """
-    written = out / "config.yaml"
+    written = out / CONFIG
     if written.is_file():
-        earlier = asdict(load_config(type(config), written))
-        changed = [
-            key
-            for key, value in asdict(config).items()
-            if key not in machine and value != earlier[key]
-        ]
-        if changed:
-            raise ConfigError(
-                f"{out} holds a run of another configuration ({', '.join(changed)} differ); "
-                "choose another `out`, or delete that folder"
-            )
+        refuse_other(written.read_bytes(), config, machine, str(out))
     with refusals(out):
         out.mkdir(parents=True, exist_ok=True)
         written.write_text(to_yaml(config), encoding="utf-8")
+
+
+def refuse_other(written: bytes, config: Any, machine: Collection[str], where: str) -> None:
+    """ConfigError if a run folder was made by another configuration.
+
+    Args:
+        written: the folder's `config.yaml`.
+        config: of the job.
+        machine: keys that may change between two starts of one run.
+        where: the folder, for the message.
+    """
+    earlier = asdict(parse_config(type(config), yaml.safe_load(written), f"{where}/{CONFIG}"))
+    changed = [
+        key for key, value in asdict(config).items() if key not in machine and value != earlier[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"{where} holds a run of another configuration ({', '.join(changed)} differ); "
+            "choose another `out`, or delete that folder"
+        )
 
 
 def refuse_larger(workers: int, cpus_per_worker: int, use_gpu: bool) -> None:

@@ -146,6 +146,26 @@ class LightFusion(nn.Module):
         return mean_BN.argsort(dim=1, descending=True, stable=True)
 
 
+def grown(smaller: LightFusion, shape: Shape) -> LightFusion:
+    """A network with more channels that, before it is trained on, fuses as a smaller one does.
+
+    Args:
+        smaller: its channels are some of those of `shape`, its width and kernel the same.
+        shape: of the new one.
+    """
+    network = LightFusion(shape, [0.0] * len(shape.channels))
+    places = [shape.channels.index(name) for name in smaller.shape.channels]
+    added = [k for k in range(len(shape.channels)) if k not in places]
+    state = smaller.state_dict()
+    with torch.no_grad():
+        network.expand[:, added] = 0
+        network.head[places] = state.pop("head")
+        network.expand[:, places] = state.pop("expand")
+        network.project[places] = state.pop("project")
+    network.load_state_dict(state, strict=False)
+    return network
+
+
 class Gate(nn.Module):
     """A factor a model and query, from statistics of the query's scores; 1 before training.
 

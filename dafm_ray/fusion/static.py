@@ -6,6 +6,7 @@ Borda count (Aslam and Montague, SIGIR 2001). A model that did not score a candi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -93,9 +94,9 @@ def combmnz(scores_MBN: Scores) -> Scores:
     return product
 
 
-def rrf(scores_MBN: Scores) -> Scores:
-    """Reciprocal rank fusion: sum of 1 / (60 + rank)."""
-    return _exact_sum(1 / (RRF_K + ranks_of(scores_MBN).astype(np.float64)), decimals=16)
+def rrf(scores_MBN: Scores, k: float = RRF_K) -> Scores:
+    """Reciprocal rank fusion: sum of 1 / (k + rank)."""
+    return _exact_sum(1 / (k + ranks_of(scores_MBN).astype(np.float64)), decimals=16)
 
 
 def borda(scores_MBN: Scores) -> Scores:
@@ -124,8 +125,12 @@ _RULES: dict[str, tuple[Callable[[Scores], Scores], str]] = {
 """Rule -> function and the normalisation it has if none is named; "" for rules on ranks."""
 
 
-def static_fusion(name: str) -> Fusion:
+def static_fusion(name: str, k: float = RRF_K) -> Fusion:
     """`RULE` or `RULE@NORMALISATION`, as `mean@zscore`, `combmnz@minmax`, `rrf`.
+
+    Args:
+        name: of the rule.
+        k: of `rrf`.
 
     Raises:
         ConfigError: no such rule or normalisation, or a rule on ranks with one.
@@ -137,7 +142,7 @@ def static_fusion(name: str) -> Fusion:
     if not default:
         if at:
             raise ConfigError(f"{name!r}: {rule} works on ranks; it takes no normalisation")
-        return Static(rule, "none", combine)
+        return Static(rule, "none", partial(rrf, k=k) if rule == "rrf" else combine)
     chosen = normalisation if at else default
     if chosen not in NORMALISATIONS:
         raise ConfigError(f"{name!r}: {unknown('normalisation', chosen, NORMALISATIONS)}")

@@ -98,7 +98,7 @@ def train_fusion(config: FusionConfig) -> Path:
     members = build(config, plan)
     for member, state in zip(members, states, strict=True):
         member.restore(state)
-    write(config, stores, plan, members, out)
+    artefact_of(config, stores, plan, members).save(out, traces_of(members))
     return out
 
 
@@ -143,8 +143,18 @@ def open_stores(config: FusionConfig) -> list[TileStore]:
     return stores
 
 
-def prepare(config: FusionConfig, stores: Sequence[TileStore]) -> Plan:
-    """Search convex weights on the folds, collect the banks, and find where tau starts."""
+def prepare(
+    config: FusionConfig, stores: Sequence[TileStore], known: tuple[Static, ...] = ()
+) -> Plan:
+    """What is worked out before the fit: convex weights, unless they are known, and tau."""
+    tau = config.recipe.tau
+    if config.recipe.tau_unit == "raw" and config.normalisation != "none":
+        tau = in_score_units(tau, mean_deviation(stores))
+    return Plan(stores[0].models, known or statics(config, stores), tau)
+
+
+def statics(config: FusionConfig, stores: Sequence[TileStore]) -> tuple[Static, ...]:
+    """Convex weights and the strength of their bank, for each fold held out and for new queries."""
     folds = folds_of(config, stores)
     held_out = [*_held_out(config), NOBODY] if _held_out(config) != [NOBODY] else [NOBODY]
     convex = search_folds(stores, folds, held_out)
@@ -155,14 +165,10 @@ def prepare(config: FusionConfig, stores: Sequence[TileStore]) -> Plan:
             for store, fold_of_Q in zip(stores, folds, strict=True)
         ]
         strengths = search_strengths(stores, banks, convex, held_out)
-    statics = [
+    return tuple(
         Static(fold, found.weights, strength)
         for fold, found, strength in zip(held_out, convex, strengths, strict=True)
-    ]
-    tau = config.recipe.tau
-    if config.recipe.tau_unit == "raw" and config.normalisation != "none":
-        tau = in_score_units(tau, mean_deviation(stores))
-    return Plan(stores[0].models, tuple(statics), tau)
+    )
 
 
 def folds_of(config: FusionConfig, stores: Sequence[TileStore]) -> list[Ints]:
@@ -229,14 +235,10 @@ def open_inputs(config: FusionConfig, stores: Sequence[TileStore]) -> list[Input
     return found
 
 
-def write(
-    config: FusionConfig,
-    stores: Sequence[TileStore],
-    plan: Plan,
-    members: Sequence[Member],
-    out: Path,
-) -> None:
-    """Write the artefact."""
+def artefact_of(
+    config: FusionConfig, stores: Sequence[TileStore], plan: Plan, members: Sequence[Member]
+) -> Artefact:
+    """Fitted networks as an artefact."""
     about = Description(
         models=plan.models,
         normalisation=config.normalisation,
@@ -260,9 +262,12 @@ def write(
         {query.id: int(fold) for query, fold in zip(store.queries, folds, strict=True)}
         for store, folds in zip(stores, folds_of(config, stores), strict=True)
     )
-    networks = tuple(member.network for member in members)
-    traces = [member.temperature.trace for member in members]
-    Artefact(about, networks, fold_of).save(out, traces)
+    return Artefact(about, tuple(member.network for member in members), fold_of)
+
+
+def traces_of(members: Sequence[Member]) -> list[list[tuple[float, float]]]:
+    """(loss, tau) of every step, network by network."""
+    return [member.temperature.trace for member in members]
 
 
 def _trained_on(stores: Sequence[TileStore]) -> tuple[TrainedOn, ...]:

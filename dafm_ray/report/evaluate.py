@@ -47,11 +47,15 @@ class Evaluation:
     notes: tuple[str, ...]
 
 
-def evaluate(config: EvaluateConfig) -> Evaluation:
+def evaluate(config: EvaluateConfig, opened: Sequence[TileStore] | None = None) -> Evaluation:
     """Evaluate all sub-models and fusions of a store, or of several stores together.
 
     Writes `metrics.json`, `table.md`, `table.csv`, `table.tex`, `ranks.parquet`, `report.html`
     and the resolved `config.yaml` to `config.out`.
+
+    Args:
+        config: the job.
+        opened: the stores, if some of their queries are hidden.
 
     Raises:
         ConfigError: an unknown fusion.
@@ -59,7 +63,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             not belong together.
         MachineError: the output folder cannot be written.
     """
-    stores = [TileStore(uri) for uri in config.stores]
+    stores = list(opened or [TileStore(uri) for uri in config.stores])
     refuse_unlike(stores)
     queries = [query for store in stores for query in store.queries]
     labelled = np.flatnonzero([bool(query.targets) for query in queries])
@@ -78,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     categories = [query.category for query in counted]
     summaries = [Summary(system.select(labelled), rules, categories) for system in ranked]
     manifests = [store.manifest for store in stores]
-    table = _table(manifests, counted, summaries, config.seed)
+    table = _table(stores, counted, summaries, config)
     failures = [failure for store in stores for failure in store.failures()]
     cases, pictures = _cases(stores, made, parts, config)
     notes = _notes(table, made, summaries)
@@ -149,12 +153,12 @@ def _cases(
 
 
 def _table(
-    manifests: Sequence[Manifest],
+    stores: Sequence[TileStore],
     queries: Sequence[Query],
     summaries: Sequence[Summary],
-    seed: int,
+    config: EvaluateConfig,
 ) -> Table:
-    bootstrap = Bootstrap([query.fold_group for query in queries], seed)
+    bootstrap = Bootstrap([query.fold_group for query in queries], config.seed)
     alone = [summary for summary in summaries if summary.system.kind == "single"]
     best = max(alone, key=lambda summary: (summary.percent(HEADLINE), summary.system.name))
     against = [best, *(s for s in summaries if s.system.name in BASELINES)]
@@ -187,20 +191,22 @@ def _table(
             )
         )
     return Table(
-        caption=_caption(manifests, queries),
-        protocol=manifests[0].protocol,
+        caption=_caption(stores, queries),
+        protocol=stores[0].manifest.protocol,
         rows=tuple(rows),
         baseline=best.system.name,
         overlap=overlap(HEADLINE, {s.system.name: s.hits(HEADLINE) for s in alone}),
     )
 
 
-def _caption(manifests: Sequence[Manifest], queries: Sequence[Query]) -> str:
+def _caption(stores: Sequence[TileStore], queries: Sequence[Query]) -> str:
+    manifests = [store.manifest for store in stores]
     first = manifests[0]
     roots = dict.fromkeys(manifest.dataset.get("root") for manifest in manifests)
     places = "".join(f" {root}" for root in roots if root)
     policy = "masked" if first.policy == "mask" else "kept"
-    unlabelled = sum(manifest.queries_size for manifest in manifests) - len(queries)
+    hidden = sum(len(store.hidden) for store in stores)
+    unlabelled = sum(manifest.queries_size for manifest in manifests) - len(queries) - hidden
     several = "galleries" if len(manifests) > 1 else "gallery"
     sizes = " + ".join(f"{manifest.gallery_size:,}" for manifest in manifests)
     counts = Counter(query.category for query in queries)
@@ -215,7 +221,8 @@ def _caption(manifests: Sequence[Manifest], queries: Sequence[Query]) -> str:
     return (
         f"{joint_title(manifests)}{places}, protocol {first.protocol}, reference {policy}, "
         f"{len(queries):,} queries"
-        f"{f' ({unlabelled:,} more have no target)' if unlabelled else ''}, {several} of "
+        f"{f' ({unlabelled:,} more have no target)' if unlabelled else ''}"
+        f"{f' ({hidden:,} others are left out)' if hidden else ''}, {several} of "
         f"{sizes} images.{macro}{_without_groups(first, queries)}"
     )
 

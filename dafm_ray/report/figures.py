@@ -2,9 +2,11 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dafm_ray.fusion.artefact import TRACE, is_artefact
 
@@ -15,6 +17,28 @@ class Figure:
 
     svg: str
     caption: str
+
+
+@dataclass
+class _Drawn:
+    drawing: Any
+    svg: str = ""
+
+
+@contextmanager
+def _drawing(width: float, height: float) -> Iterator[_Drawn]:
+    """A drawing in inches; its SVG stands at the end."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Drawing
+
+    # A salt of its own, so that the same values give the same bytes.
+    with rc_context({"svg.hashsalt": "dafm", "svg.fonttype": "none"}):
+        drawn = _Drawn(Drawing(figsize=(width, height), layout="constrained"))
+        yield drawn
+        sink = io.StringIO()
+        drawn.drawing.savefig(sink, format="svg", metadata={"Date": None})
+    text = sink.getvalue()
+    drawn.svg = text[text.index("<svg") :]
 
 
 def temperature_figures(fusions: Sequence[str]) -> list[Figure]:
@@ -29,15 +53,10 @@ def temperature_figures(fusions: Sequence[str]) -> list[Figure]:
 
 def temperature_svg(trace: Path) -> str:
     """Draw a `temperature.csv`: a line a network, the loss above, tau below."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure as Drawing
-
     with trace.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    # A salt of its own, so that the same trace gives the same bytes.
-    with rc_context({"svg.hashsalt": "dafm", "svg.fonttype": "none"}):
-        drawing = Drawing(figsize=(7, 4), layout="constrained")
-        above, below = drawing.subplots(2, 1, sharex=True)
+    with _drawing(7, 4) as drawn:
+        above, below = drawn.drawing.subplots(2, 1, sharex=True)
         for network in dict.fromkeys(row["network"] for row in rows):
             own = [row for row in rows if row["network"] == network]
             steps = [int(row["step"]) for row in own]
@@ -46,7 +65,64 @@ def temperature_svg(trace: Path) -> str:
         above.set_ylabel("loss")
         below.set_ylabel("temperature")
         below.set_xlabel("step")
-        sink = io.StringIO()
-        drawing.savefig(sink, format="svg", metadata={"Date": None})
-    text = sink.getvalue()
-    return text[text.index("<svg") :]
+    return drawn.svg
+
+
+def scatter_figure(
+    x: Sequence[float], y: Sequence[float], x_label: str, y_label: str, level: float, log: bool
+) -> str:
+    """Points, and a line at a level to compare them with."""
+    with _drawing(7, 3) as drawn:
+        axes = drawn.drawing.subplots()
+        axes.axhline(level, color="0.6", linewidth=1)
+        axes.plot(x, y, "o", markersize=4, alpha=0.8)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if log:
+            axes.set_xscale("log")
+    return drawn.svg
+
+
+Order = tuple[str, ...]
+
+
+def line_figure(
+    named: Mapping[Order, Sequence[float]],
+    every: Mapping[Order, Sequence[float]],
+    grown: Mapping[Order, Sequence[float]],
+    label: str,
+    published: Mapping[str, Sequence[Sequence[float]]],
+) -> str:
+    """A metric against the number of fused models, a line an order.
+
+    Args:
+        named: orders with a colour and a name.
+        every: all orders.
+        grown: values of orders in which a fusion was grown.
+        label: of the metric.
+        published: data set -> points after each model, from elsewhere.
+    """
+    with _drawing(9, 5) as drawn:
+        left, right = drawn.drawing.subplots(1, 2, width_ratios=(3, 1))
+        for order, path in every.items():
+            if order not in named:
+                left.plot(range(1, len(path) + 1), path, color="0.85", linewidth=1, zorder=1)
+        for n, (order, path) in enumerate(named.items()):
+            steps = range(1, len(path) + 1)
+            left.plot(steps, path, "o-", color=f"C{n}", markersize=4, label=" + ".join(order))
+        for order, path in grown.items():
+            place = list(named).index(order) if order in named else None
+            colour = "0.6" if place is None else f"C{place}"
+            left.plot(range(1, len(path) + 1), path, "--", color=colour, linewidth=1)
+        left.set_xticks(range(1, max(map(len, every.values())) + 1))
+        left.set_xlabel("fused models")
+        left.set_ylabel(label)
+        left.legend(fontsize=7, loc="lower right")
+        for title, points in published.items():
+            pairs = [(n + 1, p) for n, several in enumerate(points) for p in several]
+            right.plot([n for n, _ in pairs], [p for _, p in pairs], "x", label=title)
+        right.set_xticks(range(1, 1 + max(map(len, published.values()))))
+        right.set_title("published (DAFM)", fontsize=9)
+        right.set_ylabel("Rmean")
+        right.legend(fontsize=7)
+    return drawn.svg

@@ -19,7 +19,6 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -49,8 +48,9 @@ class Failure:
     reason: str
 
 
-def _reopen(uri: str, models: tuple[str, ...]) -> "TileStore":
-    return TileStore(uri).of(models)
+def _reopen(uri: str, models: tuple[str, ...] | None, hidden: frozenset[int]) -> "TileStore":
+    store = TileStore(uri) if models is None else TileStore(uri).of(models)
+    return store.hiding(hidden)
 
 
 def spans(size: int, step: int) -> list[range]:
@@ -71,6 +71,7 @@ class TileStore:
         self.uri = self.storage.uri
         self._verified: set[str] = set()
         self._only: tuple[str, ...] | None = None
+        self.hidden: frozenset[int] = frozenset()
         try:
             data = self.storage.read("manifest.json")
         except (FileNotFoundError, NotADirectoryError):
@@ -78,8 +79,8 @@ class TileStore:
         self.manifest = Manifest.from_bytes(data, f"{self.uri}/manifest.json")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._only is not None:
-            return _reopen, (self.uri, self._only)
+        if self._only is not None or self.hidden:
+            return _reopen, (self.uri, self._only, self.hidden)
         return type(self), (self.uri,)
 
     @classmethod
@@ -217,18 +218,36 @@ class TileStore:
 
     @cached_property
     def queries(self) -> tuple[Query, ...]:
-        """(Q,) queries in stored order."""
-        return blocks.decode_queries(self._read_table("queries.arrow"))
+        """(Q,) queries in stored order; those in `hidden` without their targets."""
+        stored = blocks.decode_queries(self._read_table("queries.arrow"))
+        return tuple(
+            replace(query, targets=()) if q in self.hidden else query
+            for q, query in enumerate(stored)
+        )
 
     @property
     def models(self) -> tuple[str, ...]:
         """Names of the sub-models, sorted."""
         return tuple(sorted(self.manifest.models)) if self._only is None else self._only
 
+    def _twin(self) -> "TileStore":
+        twin = TileStore.__new__(TileStore)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
     def of(self, models: Iterable[str]) -> "TileStore":
         """The same store with some of its models only, as if it held no others."""
-        part = copy(self)
+        part = self._twin()
         part._only = tuple(sorted(models))
+        return part
+
+    def hiding(self, queries: Iterable[int]) -> "TileStore":
+        """The same store without the targets of some queries, by position: nothing can be learned
+        from them, and no number counts them.
+        """
+        part = self._twin()
+        part.__dict__.pop("queries", None)
+        part.hidden = self.hidden | frozenset(int(q) for q in queries)
         return part
 
     def size(self, role: Role) -> int:

@@ -13,7 +13,15 @@ from dafm_ray.fusion.bank import own_bank
 from dafm_ray.fusion.fit import fit
 from dafm_ray.fusion.folds import NOBODY
 from dafm_ray.fusion.rank import scores_of
-from dafm_ray.fusion.train import build, folds_of, open_inputs, open_stores, prepare, write
+from dafm_ray.fusion.train import (
+    artefact_of,
+    build,
+    folds_of,
+    open_inputs,
+    open_stores,
+    prepare,
+    traces_of,
+)
 from dafm_ray.tiles.manifest import Grid
 from tests.samples import labelled_dataset, score_store
 
@@ -36,7 +44,7 @@ def trained(out, *stores, **change):
     plan = prepare(config, opened)
     members = build(config, plan)
     fit(members, open_inputs(config, opened), folds_of(config, opened), RECIPE)
-    write(config, opened, plan, members, out)
+    artefact_of(config, opened, plan, members).save(out, traces_of(members))
     return load_artefact(out)
 
 

@@ -1,0 +1,334 @@
+"""One setting of a study: fit or build the fusion, and measure it on the queries that decide."""
+
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dafm_ray.config import FOLDS, FusionConfig, StudyConfig, parse_config
+from dafm_ray.errors import ConfigError, DafmError, DataError
+from dafm_ray.evaluation.metrics import Floats
+from dafm_ray.evaluation.protocols import protocol
+from dafm_ray.evaluation.significance import Bootstrap
+from dafm_ray.evaluation.summary import Summary, SystemRanks
+from dafm_ray.fusion.artefact import Static
+from dafm_ray.fusion.bank import Banked, banked_convex, own_bank
+from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.fit import Member, fit, members_of
+from dafm_ray.fusion.folds import bank_folds
+from dafm_ray.fusion.lightfusion import grown
+from dafm_ray.fusion.rank import rank_systems
+from dafm_ray.fusion.static import Convex, static_fusion
+from dafm_ray.fusion.study import GROW, Setting, name_of, static_setting
+from dafm_ray.fusion.train import (
+    artefact_of,
+    build,
+    folds_of,
+    open_inputs,
+    open_stores,
+    prepare,
+    statics,
+    traces_of,
+)
+from dafm_ray.progress import progress
+from dafm_ray.tiles.storage import Storage
+from dafm_ray.tiles.store import TileStore
+
+TRIALS = "trials"
+RECORD = "record.json"
+FUSION = "fusion"
+VALUES = "values.parquet"
+
+Report = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one setting.
+
+    Attributes:
+        name: of the setting.
+        setting: what was tried.
+        score: the study's metric, in percent, on the queries that decide.
+        ci95: its interval.
+        metrics: metric -> percent, on these queries.
+        reported: the same on the validation store; empty where a choice is still to be made.
+        steps: of a fusion that was grown: metrics after each model.
+        seconds: that it took.
+        stopped: given up early, with the numbers it had then.
+        failure: why it came to nothing.
+    """
+
+    name: str
+    setting: Setting
+    score: float = 0.0
+    ci95: tuple[float, float] = (0.0, 0.0)
+    metrics: dict[str, float] | None = None
+    reported: dict[str, float] | None = None
+    steps: tuple[dict[str, float], ...] = ()
+    seconds: float = 0.0
+    stopped: bool = False
+    failure: str = ""
+
+    def write(self, storage: Storage) -> None:
+        """Record it; a trial without a record is tried again."""
+        line = json.dumps(asdict(self), indent=1) + "\n"
+        storage.write(f"{TRIALS}/{self.name}/{RECORD}", pa.py_buffer(line.encode()))
+
+
+def recorded(storage: Storage) -> dict[str, Trial]:
+    """Name -> every trial that was brought to its end."""
+    found = {}
+    for path in storage.list(TRIALS):
+        if path.endswith(f"/{RECORD}"):
+            values = json.loads(storage.read(path).to_pybytes())
+            trial = parse_config(Trial, values, path)
+            found[trial.name] = trial
+    return found
+
+
+def run_trial(
+    study: StudyConfig, setting: Setting, storage: Storage, report: Report = lambda score: None
+) -> Trial:
+    """Try a setting and record what came of it; a user's mistake is recorded too.
+
+    Args:
+        study: that the setting belongs to.
+        setting: one of its.
+        storage: of the study.
+        report: receives the score so far, epoch by epoch, where a study stops early, and at the
+            end.
+    """
+    started = time.perf_counter()
+    trial = Trial(name_of(setting), setting)
+    try:
+        if study.kind == "static":
+            trial = _static(study, trial, storage)
+        elif GROW in setting:
+            trial = _grown(study, trial)
+        else:
+            trial = _networks(study, trial, storage, report)
+    except DafmError as error:
+        trial = replace(trial, failure=str(error))
+    trial = replace(trial, seconds=round(time.perf_counter() - started, 3))
+    trial.write(storage)
+    report(trial.score)
+    return trial
+
+
+def deciding(study: StudyConfig, config: FusionConfig) -> list[TileStore]:
+    """The stores that a trial learns and is measured on, without the labels that the choice is
+    reported on. Subsets and orders are not chosen between, so nothing is kept from them.
+    """
+    return _halves(config, study.report_folds if _keeps_folds(study) else 0)[0]
+
+
+def reporting(study: StudyConfig, config: FusionConfig) -> list[TileStore]:
+    """The stores that a choice is reported on: other queries, or those that decided nothing."""
+    if _keeps_folds(study):
+        return _halves(config, study.report_folds)[1]
+    stores = [TileStore(uri) for uri in study.base.validation_stores]
+    return [store.of(config.models) if config.models else store for store in stores]
+
+
+def _keeps_folds(study: StudyConfig) -> bool:
+    return study.kind == "networks" and not study.base.validation_stores
+
+
+def _halves(config: FusionConfig, kept: int) -> tuple[list[TileStore], list[TileStore]]:
+    """The stores without the labels of the last folds, and with these alone."""
+    stores = open_stores(config)
+    first, last = [], []
+    for store, fold_of_Q in zip(stores, folds_of(config, stores), strict=True):
+        is_kept_Q = fold_of_Q >= config.folds - kept
+        first.append(store.hiding(np.flatnonzero(is_kept_Q)))
+        last.append(store.hiding(np.flatnonzero(~is_kept_Q)))
+    return first, last
+
+
+def summary_of(systems: Sequence[Fusion], stores: Sequence[TileStore]) -> Summary:
+    """The numbers of one system over the labelled queries of all stores.
+
+    Args:
+        systems: it, for each store.
+        stores: complete tiles.
+
+    Raises:
+        DataError: no query has a target.
+    """
+    rules = protocol(stores[0].manifest.protocol)
+    queries = [query for store in stores for query in store.queries]
+    labelled = np.flatnonzero([bool(query.targets) for query in queries])
+    if not len(labelled):
+        raise DataError(f"{stores[0].uri}: no query has a target, so there is nothing to count")
+    with progress("evaluate", len(queries), unit="query") as shown:
+        parts = [
+            rank_systems(store, [system], rules, shown)[0]
+            for store, system in zip(stores, systems, strict=True)
+        ]
+    ranks = SystemRanks.concatenate(parts).select(labelled)
+    return Summary(ranks, rules, [queries[q].category for q in labelled])
+
+
+def percents(summary: Summary) -> dict[str, float]:
+    """Metric -> percent."""
+    return {metric: round(summary.percent(metric), 4) for metric in summary.values}
+
+
+def _measured(
+    study: StudyConfig, trial: Trial, stores: Sequence[TileStore], summary: Summary
+) -> Trial:
+    labelled = [q for store in stores for q in store.queries if q.targets]
+    bootstrap = Bootstrap([query.fold_group for query in labelled], study.seed)
+    return replace(
+        trial,
+        score=round(summary.percent(study.metric), 6),
+        ci95=bootstrap.interval(summary.values[study.metric], summary.strata),
+        metrics=percents(summary),
+    )
+
+
+def _networks(study: StudyConfig, trial: Trial, storage: Storage, report: Report) -> Trial:
+    config = _out_of_fold(study.with_setting(trial.setting))
+    stores = deciding(study, config)
+    plan = prepare(config, stores, _known_statics(study, config))
+    members = build(config, plan)
+
+    def systems() -> list[Fusion]:
+        artefact = artefact_of(config, stores, plan, members)
+        return [artefact.on(store).learned for store in stores]
+
+    def after_epoch(epoch: int) -> None:
+        if study.stop_early and epoch < config.recipe.epochs:
+            report(summary_of(systems(), stores).percent(study.metric))
+
+    fit(
+        members,
+        open_inputs(config, stores),
+        folds_of(config, stores),
+        config.recipe,
+        after_epoch=after_epoch,
+    )
+    artefact = artefact_of(config, stores, plan, members)
+    with tempfile.TemporaryDirectory() as folder:
+        artefact.save(Path(folder), traces_of(members))
+        for file in sorted(Path(folder).iterdir()):
+            path = f"{TRIALS}/{trial.name}/{FUSION}/{file.name}"
+            storage.write(path, pa.py_buffer(file.read_bytes()))
+    trial = _measured(study, trial, stores, summary_of(systems(), stores))
+    if study.kind == "orders" and study.base.validation_stores:
+        others = reporting(study, config)
+        learned = [artefact.on(store).learned for store in others]
+        trial = replace(trial, reported=percents(summary_of(learned, others)))
+    return trial
+
+
+def _grown(study: StudyConfig, trial: Trial) -> Trial:
+    """A fusion that is trained, given one more model, trained on, and so forth."""
+    order = trial.setting[GROW]
+    smaller: list[Member] = []
+    steps, reported = [], []
+    for count in range(1, len(order) + 1):
+        config = _out_of_fold(study.with_setting({"models": sorted(order[:count])}))
+        stores = deciding(study, config)
+        plan = prepare(config, stores, _known_statics(study, config))
+        members = build(config, plan)
+        if smaller:
+            networks = [
+                (grown(before.network, after.network.shape), after.held_out, after.seed)
+                for before, after in zip(smaller, members, strict=True)
+            ]
+            members = members_of(networks, config.recipe, plan.tau)
+        fit(members, open_inputs(config, stores), folds_of(config, stores), config.recipe)
+        artefact = artefact_of(config, stores, plan, members)
+        summary = summary_of([artefact.on(store).learned for store in stores], stores)
+        steps.append(percents(summary))
+        if study.base.validation_stores:
+            others = reporting(study, config)
+            learned = [artefact.on(store).learned for store in others]
+            reported.append(percents(summary_of(learned, others)))
+        smaller = members
+    trial = _measured(study, trial, stores, summary)
+    return replace(
+        trial, steps=tuple(reported or steps), reported=reported[-1] if reported else None
+    )
+
+
+def _out_of_fold(config: FusionConfig) -> FusionConfig:
+    return replace(config, protocol="out-of-fold", validation=())
+
+
+def _known_statics(study: StudyConfig, config: FusionConfig) -> tuple[Static, ...]:
+    """The convex weights of a configuration, searched once a process for all trials that share
+    them.
+    """
+    read = FusionConfig(
+        config.store,
+        "",
+        models=config.models,
+        folds=config.folds,
+        bank_t=config.bank_t,
+        profiles=config.profiles,
+        seed=config.seed,
+    )
+    return _statics(read, study.report_folds if _keeps_folds(study) else 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _statics(config: FusionConfig, kept: int) -> tuple[Static, ...]:
+    return statics(config, _halves(config, kept)[0])
+
+
+def _static(study: StudyConfig, trial: Trial, storage: Storage) -> Trial:
+    """Rank with a static fusion; the value of every query is kept, for a choice out of fold."""
+    stores = open_stores(_out_of_fold(study.base))
+    summary = summary_of([static_system(store, trial.setting) for store in stores], stores)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({study.metric: summary.values[study.metric]}), sink)
+    storage.write(f"{TRIALS}/{trial.name}/{VALUES}", sink.getvalue())
+    return _measured(study, trial, stores, summary)
+
+
+def values_of(study: StudyConfig, trial: Trial, storage: Storage) -> Floats:
+    """(labelled queries,) values of the metric under a static setting."""
+    table = pq.read_table(pa.BufferReader(storage.read(f"{TRIALS}/{trial.name}/{VALUES}")))
+    values: Floats = table[study.metric].to_numpy()
+    return values
+
+
+def static_system(store: TileStore, setting: Setting) -> Fusion:
+    """The static fusion of a setting.
+
+    Raises:
+        ConfigError: no such system, or a weight for a model that the store does not hold.
+    """
+    chosen = static_setting(setting)
+    system = _plain(store, chosen.system, chosen.weights, chosen.k)
+    if not chosen.strength:
+        return system
+    bank = own_bank(store, bank_folds(store.queries, FOLDS, 0), chosen.bank_t)
+    if isinstance(system, Convex):
+        return banked_convex(system, bank, chosen.strength)
+    return Banked(system, bank, chosen.strength)
+
+
+def _plain(store: TileStore, name: str, weights: Mapping[str, float], k: float) -> Fusion:
+    for model in weights:
+        if model not in store.models:
+            raise ConfigError(
+                f"weights: {store.uri} does not hold {model!r}; it holds {', '.join(store.models)}"
+            )
+    if name == "convex":
+        total = sum(weights.values())
+        if not total:
+            raise ConfigError("convex needs weights above 0")
+        shares = {model: weights.get(model, 0.0) / total for model in store.models}
+        return Convex(shares, "a study")
+    return static_fusion(name, k)

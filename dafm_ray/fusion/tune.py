@@ -1,0 +1,234 @@
+"""A study on Ray Tune: one Tuner, trials that map the same tiles, a record of each in the folder.
+
+Only a record makes a trial finished. The same command on the same folder tries what has none, so a
+killed study loses the trials that were running, and no pickle of an earlier run is ever read.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from dafm_ray.config import Between, StudyConfig, parse_config, to_yaml
+from dafm_ray.errors import ConfigError, unknown
+from dafm_ray.fusion.rank import singles
+from dafm_ray.fusion.study import Setting, name_of, settings_of
+from dafm_ray.fusion.train import open_stores
+from dafm_ray.fusion.trial import Trial, percents, recorded, run_trial, summary_of
+from dafm_ray.progress import Progress, progress
+from dafm_ray.runs import CONFIG, refuse_other
+from dafm_ray.session import available_cpus, available_gpus, ensure_ray, one_thread
+from dafm_ray.tiles.lease import writing
+from dafm_ray.tiles.storage import open_storage
+from dafm_ray.tiles.store import TileStore
+
+_MACHINE = frozenset({"cpus", "gpus"})
+"""Keys that may change between two starts of one study."""
+
+TUNE = "tune"
+"""Folder of Ray Tune's own files; its name for the experiment."""
+
+
+@dataclass(frozen=True)
+class Studied:
+    """A study brought to its end.
+
+    Attributes:
+        study: as configured.
+        trials: in the order of the settings, or as they were suggested.
+        alone: model -> metric -> percent, of the sub-models by themselves.
+        first: the model that orders start with.
+    """
+
+    study: StudyConfig
+    trials: tuple[Trial, ...]
+    alone: dict[str, dict[str, float]]
+    first: str
+
+    @property
+    def usable(self) -> list[Trial]:
+        """Trials with numbers, the best first; equal ones as they were tried."""
+        found = [trial for trial in self.trials if not trial.failure]
+        return sorted(found, key=lambda trial: -trial.score)
+
+    @property
+    def baseline(self) -> Trial:
+        """The trial of the study's baseline."""
+        wanted = name_of(self.study.baseline)
+        return next(trial for trial in self.trials if trial.name == wanted)
+
+
+def run_study(study: StudyConfig) -> Studied:
+    """Try every setting that has no record yet.
+
+    Raises:
+        ConfigError: a key, value, metric or model that there is not; a folder of another study.
+        DataError: a store is incomplete or damaged.
+        MachineError: another run writes to the folder, or it refuses.
+    """
+    stores = open_stores(study.base)
+    alone = {
+        system.name: percents(summary_of([system] * len(stores), stores))
+        for system in singles(stores[0])
+    }
+    known = next(iter(alone.values()))
+    if study.metric not in known:
+        raise ConfigError(f"metric: {unknown('metric', study.metric, known)}")
+    models = stores[0].models
+    first = study.first or max(alone, key=lambda name: (alone[name][study.metric], name))
+    if first not in models:
+        raise ConfigError(f"first: {unknown('model', first, models)}")
+    settings = settings_of(study, models, first)
+    storage = open_storage(study.out)
+    with writing(storage):
+        with suppress(FileNotFoundError):
+            written = storage.read(CONFIG).to_pybytes()
+            refuse_other(written, study, _MACHINE, storage.uri)
+        storage.write(CONFIG, pa.py_buffer(to_yaml(study).encode()))
+        done = recorded(storage)
+        todo = [setting for setting in settings if name_of(setting) not in done]
+        suggested = [trial for name, trial in done.items() if name not in map(name_of, settings)]
+        if todo or (study.search == "optuna" and len(suggested) < study.trials):
+            _try(study, todo, suggested)
+        done = recorded(storage)
+    names = [name_of(setting) for setting in settings]
+    names += sorted(name for name in done if name not in names)
+    return Studied(study, tuple(done[name] for name in names if name in done), alone, first)
+
+
+def _try(study: StudyConfig, todo: Sequence[Setting], suggested: Sequence[Trial]) -> None:
+    """One Tuner over the settings without a record, another over those that optuna suggests."""
+    # Relative paths of the configuration stay relative to where the job was started.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    ensure_ray()
+    for what, needed, there in (
+        ("CPUs", study.cpus, available_cpus()),
+        ("GPUs", study.gpus, available_gpus()),
+    ):
+        if needed > there:
+            raise ConfigError(f"a trial needs {needed:g} {what}, and the cluster has {there:g}")
+    from ray import tune
+
+    if todo:
+        _fit(study, {"setting": tune.grid_search(list(todo))}, len(todo), None)
+    if study.search == "optuna":
+        left = study.trials - len(suggested)
+        if left > 0:
+            _fit(study, {}, left, _searcher(study, suggested))
+
+
+def _fit(study: StudyConfig, space: dict[str, Any], count: int, searcher: Any) -> None:
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    filesystem, path = open_storage(study.out).location
+    stops = ASHAScheduler(max_t=study.base.recipe.epochs, grace_period=1, reduction_factor=3)
+    with progress("trials", count, unit="trial") as shown:
+        tuner = tune.Tuner(
+            tune.with_resources(_trainable(study), {"cpu": study.cpus, "gpu": study.gpus}),
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric="score",
+                mode="max",
+                num_samples=1 if searcher is None else count,
+                search_alg=searcher,
+                scheduler=stops if study.stop_early else None,
+                reuse_actors=True,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=tune.RunConfig(
+                name=TUNE,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                verbose=0,
+                callbacks=[_followed(study, shown)],
+            ),
+        )
+        tuner.fit()
+
+
+def _followed(study: StudyConfig, shown: Progress) -> Any:
+    """A callback that shows progress, and records trials that a scheduler gave up."""
+    from ray import tune
+
+    class Followed(tune.Callback):  # type: ignore[misc]
+        def on_trial_complete(
+            self, iteration: int, trials: list[Any], trial: Any, **info: Any
+        ) -> None:
+            storage = open_storage(study.out)
+            name = _trial_name(trial)
+            if name not in recorded(storage):
+                score = float(trial.last_result["score"])
+                Trial(name, _setting(trial.config), score, stopped=True).write(storage)
+            shown.advance()
+
+        def on_trial_error(
+            self, iteration: int, trials: list[Any], trial: Any, **info: Any
+        ) -> None:
+            shown.advance(failures=1)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            # Tune pickles its callbacks for a restore that is never asked for.
+            return tune.Callback, ()
+
+    return Followed()
+
+
+def _trainable(study: StudyConfig) -> Any:
+    # A worker starts in another folder.
+    stores = [TileStore(uri).uri for uri in study.base.stores]
+    others = [TileStore(uri).uri for uri in study.base.validation_stores]
+    fusion = {**study.fusion, "store": stores, "validation": others}
+    values = asdict(replace(study, out=open_storage(study.out).uri, fusion=fusion))
+
+    def trial(given: dict[str, Any]) -> None:
+        """The function Ray Tune runs for every setting."""
+        from ray import tune
+
+        one_thread()
+        own = parse_config(StudyConfig, values, "study")
+        storage = open_storage(own.out)
+        run_trial(own, _setting(given), storage, lambda score: tune.report({"score": score}))
+
+    return trial
+
+
+def _setting(given: Mapping[str, Any]) -> Setting:
+    setting: Setting = given.get("setting", given)
+    return dict(setting)
+
+
+def _trial_name(trial: Any) -> str:
+    return name_of(_setting(trial.config))
+
+
+def _searcher(study: StudyConfig, suggested: Sequence[Trial]) -> Any:
+    """Optuna, told what was found before."""
+    import optuna
+    from ray import tune
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    [space] = study.spaces
+    domains = {}
+    for key, values in space.items():
+        if not isinstance(values, Between):
+            domains[key] = tune.choice(list(values))
+        elif values.log:
+            domains[key] = tune.loguniform(values.low, values.high)
+        else:
+            domains[key] = tune.uniform(values.low, values.high)
+    return OptunaSearch(
+        domains,
+        metric="score",
+        mode="max",
+        points_to_evaluate=[trial.setting for trial in suggested] or None,
+        evaluated_rewards=[trial.score for trial in suggested] or None,
+        seed=study.seed,
+    )
