@@ -230,5 +230,5 @@ def _searcher(study: StudyConfig, suggested: Sequence[Trial]) -> Any:
         mode="max",
         points_to_evaluate=[trial.setting for trial in suggested] or None,
         evaluated_rewards=[trial.score for trial in suggested] or None,
-        seed=study.seed,
+        seed=study.seed + len(suggested),  # or the first draws would come again
     )

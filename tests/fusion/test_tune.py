@@ -1,0 +1,182 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from dafm_ray.cli import main
+from dafm_ray.config import Between, FusionConfig, StudyConfig, load_config, to_yaml
+from dafm_ray.errors import ConfigError
+from dafm_ray.fusion.trial import RECORD, TRIALS
+from dafm_ray.fusion.tune import run_study
+from dafm_ray.report.study import report_study
+from dafm_ray.tiles.manifest import Grid
+from tests.samples import labelled_dataset, score_store
+
+pytestmark = pytest.mark.timeout(170)
+
+MODELS = ("a", "b", "c")
+FUSED = {"recipe": {"epochs": 2, "batch": 32}, "network": {"width": 4}, "cases": 0}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    dataset = labelled_dataset(60, 90)
+    return score_store(tmp_path_factory.mktemp("s") / "store", dataset, MODELS, Grid(64, 45, 60))
+
+
+def study_of(root, store, **change):
+    given = {
+        "kind": "networks",
+        "fusion": {"store": store.uri, **FUSED},
+        "out": str(root / "study"),
+        "spaces": ({"recipe.learning_rate": (0.03, 0.003), "network.gate": (False, True)},),
+    }
+    return StudyConfig(**{**given, **change})
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_study_is_tried_once_chosen_from_and_reported(tmp_path, store, capsys):
+    failing = {"recipe.temperature": ("paper",), "recipe.scaling": (0.5,)}
+    study = study_of(tmp_path, store)
+    study = replace(study, spaces=(*study.spaces, failing))
+    file = tmp_path / "study.yaml"
+    file.write_text(to_yaml(study))
+    assert main(["fuse", "tune", "--config", str(file)]) == 4
+    shown = capsys.readouterr()
+    assert "1 of 6 trials failed" in shown.out
+    assert "trials.csv" in shown.err
+    out = tmp_path / "study"
+    assert len(list((out / TRIALS).iterdir())) == 6
+    records = {path: path.stat().st_mtime_ns for path in out.rglob(RECORD)}
+    again = report_study(study)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob(RECORD)} == records
+    assert again.failures == 1
+    chosen = load_config(FusionConfig, out / "chosen.yaml")
+    assert chosen.out == str(out / "fusion")
+    found = [json.loads(path.read_text()) for path in records]
+    best = max(found, key=lambda record: record["score"])
+    learning_rate = best["setting"].get("recipe.learning_rate", 0.01)
+    if sum(record["score"] == best["score"] for record in found) == 1:
+        assert chosen.recipe.learning_rate == learning_rate
+    page = (out / "report.html").read_text()
+    assert "is not below the scaling factor" in page
+    assert page.count("<svg") >= 3
+    metrics = json.loads((out / "report" / "metrics.json").read_text())
+    assert metrics["queries"] < 90
+    assert "others are left out" in metrics["caption"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_subsets_orders_and_what_each_model_adds(tmp_path, store):
+    report = report_study(study_of(tmp_path, store, kind="orders", spaces=(), metric="Rmean"))
+    out = Path(report.out)
+    rows = (out / "orders.csv").read_text().splitlines()
+    assert len(rows) == 1 + 6 * 3
+    assert sum(not row.endswith(",") for row in rows[1:]) == 2 * 3
+    assert len((out / "subsets.csv").read_text().splitlines()) == 1 + 7
+    models = (out / "models.csv").read_text().splitlines()
+    shapley = sum(float(row.split(",")[3]) for row in models[1:])
+    whole = max(rows[3::3], key=len).split(",")[2]
+    assert shapley == pytest.approx(float(whole), abs=0.05)
+    page = (out / "report.html").read_text()
+    assert "Published, not ours" in page
+    assert "What each model adds" in page
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_static_settings_are_chosen_out_of_fold(tmp_path, store):
+    spaces = ({"system": ("rrf",), "k": (5, 60)}, {"system": ("borda", "mean@dbsf")})
+    report = report_study(study_of(tmp_path, store, kind="static", spaces=spaces))
+    assert "Chosen for each fold by the others" in report.notes[1]
+    assert yaml.safe_load((Path(report.out) / "chosen.yaml").read_text())["system"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_optuna_goes_on_from_what_was_tried(tmp_path, store):
+    space = {"recipe.learning_rate": Between(1e-3, 1e-1, log=True), "network.gate": (False, True)}
+    study = study_of(tmp_path, store, spaces=(space,), search="optuna", trials=3)
+    first = run_study(study)
+    assert len(first.trials) == 1 + 3
+    assert run_study(study) == first
+    lost = first.trials[-1]
+    (Path(study.out) / TRIALS / lost.name / RECORD).unlink()
+    assert len(run_study(study).trials) == 1 + 3
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_settings_that_are_behind_are_given_up_and_not_tried_again(tmp_path, store):
+    rates = (1e-3, 2e-3, 3e-3, 5.0, 6.0, 7.0)
+    fusion = {"store": store.uri, **FUSED, "recipe": {"epochs": 6, "batch": 32}}
+    spaces = ({"recipe.learning_rate": rates},)
+    study = study_of(tmp_path, store, fusion=fusion, spaces=spaces, stop_early=True, cpus=4.0)
+    first = run_study(study)
+    assert len(first.trials) == 7
+    assert any(trial.stopped for trial in first.trials)
+    assert not any(trial.failure for trial in first.trials)
+    assert run_study(study) == first
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_study_goes_on_and_ends_as_an_unbroken_one(tmp_path, store):
+    rates = tuple(0.001 * n for n in range(1, 9))
+    spaces = ({"recipe.learning_rate": rates},)
+    unbroken = run_study(study_of(tmp_path / "unbroken", store, spaces=spaces))
+    study = study_of(tmp_path / "killed", store, spaces=spaces)
+    file = tmp_path / "study.yaml"
+    file.write_text(to_yaml(study))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dafm_ray", "fuse", "tune", "--config", str(file)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    trials = Path(study.out) / TRIALS
+    while len(list(trials.rglob(RECORD))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family, timeout=20)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in trials.rglob(RECORD)}
+    assert 2 <= len(kept) < 9
+    ended = run_study(study)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert [(t.name, t.metrics) for t in ended.trials] == [
+        (t.name, t.metrics) for t in unbroken.trials
+    ]
+    assert ended.usable[0].name == unbroken.usable[0].name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metric": "R@7"}, "there is no metric 'R@7'"),
+        ({"first": "z", "kind": "orders", "spaces": ()}, "there is no model 'z'"),
+        ({"spaces": ({"models": (("a", "z"),)},)}, "there is no model 'z'"),
+        ({"spaces": ({"recipe.scalng": (1.0,)},)}, "did you mean 'scaling'"),
+    ],
+)
+def test_a_bad_study_is_refused_before_anything_is_tried(tmp_path, store, change, message):
+    study = study_of(tmp_path, store, **change)
+    with pytest.raises(ConfigError, match=message):
+        run_study(study)
+    assert not (tmp_path / "study").exists()
+
+
+def test_another_study_in_the_same_folder_is_refused(tmp_path, store):
+    study = study_of(tmp_path, store, kind="static", spaces=({"system": ("rrf",)},))
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "config.yaml").write_text(to_yaml(replace(study, seed=3)))
+    with pytest.raises(ConfigError, match="seed differ"):
+        run_study(study)
