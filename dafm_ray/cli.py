@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--fusion",
         nargs="+",
-        default=list(STATIC_FUSIONS),
+        action="extend",
         metavar="NAME",
         help="static fusions, any system with +bank, folders of trained fusions; default: "
         + " ".join(STATIC_FUSIONS),
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--tune-on",
         nargs="+",
+        action="extend",
         default=[],
         metavar="STORE",
         help="other queries on which to search convex weights",
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     ranks_by.add_argument(
         "--tune-on",
         nargs="+",
+        action="extend",
         default=[],
         metavar="STORE",
         help="other queries on which to search convex weights",
@@ -242,7 +244,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         EvaluateConfig(
             store=tuple(arguments.store),
             out=arguments.out,
-            fusions=tuple(arguments.fusion),
+            fusions=tuple(arguments.fusion or STATIC_FUSIONS),
             tune_on=tuple(arguments.tune_on),
             bank=arguments.bank,
             cases=arguments.cases,

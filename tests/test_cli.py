@@ -181,3 +181,13 @@ def test_search_finds_what_the_store_ranks_first(tmp_path, capsys):
     assert "not an image" in capsys.readouterr().err
     scored = score_store(tmp_path / "s", labelled_dataset(23, 17))
     assert main(["search", scored.uri, "--image", str(root / query.reference), "--text", "x"]) != 0
+
+
+def test_an_option_given_twice_adds_to_itself(tmp_path, capsys):
+    store = score_store(tmp_path / "s", labelled_dataset(40, 30))
+    out = str(tmp_path / "out")
+    fusions = ["--fusion", "rrf", "--fusion", "borda", "mean@zscore"]
+    assert main(["evaluate", store.uri, "--out", out, "--cases", "0", *fusions]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"| {name} " in printed for name in ("rrf", "borda", "mean@zscore"))
+    assert "| combsum" not in printed

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dafm_ray.config import Recipe
 from dafm_ray.errors import DataError
-from dafm_ray.evaluation.metrics import Ints
+from dafm_ray.evaluation.metrics import Floats, Ints
 from dafm_ray.fusion.inputs import Given, Inputs, labelled_rows
 from dafm_ray.fusion.lightfusion import LightFusion
 from dafm_ray.fusion.negatives import sampled
@@ -23,6 +23,9 @@ from dafm_ray.fusion.temperature import Temperature
 
 CACHED_CANDIDATES = 16_384
 """Candidates of one forward and backward pass: what their hidden layer takes stays in the cache."""
+
+PARTS = 8
+"""A batch is worked off in so many parts, whatever the number of processes."""
 
 State = dict[str, Any]
 Reduce = Callable[[Tensor], None]
@@ -156,29 +159,29 @@ def _step(
     place: tuple[int, int],
 ) -> None:
     """One optimiser step of every network."""
-    losses = torch.zeros(len(members), dtype=torch.float64)
     counts = [int((fold_of_B != member.held_out).sum()) for member in members]
-    for member in members:
-        member.optimiser.zero_grad(set_to_none=True)
     models = len(inputs[0].channels.models)
     dropped_BM = _dropped(len(rows_B2), models, recipe, place)
-    mine = np.arange(len(rows_B2))[share.rank :: share.processes]
-    for s, one in enumerate(inputs):
-        here = mine[rows_B2[mine, 0] == s]
-        done = 0
-        for given in one.parts(rows_B2[here, 1]):
-            part = here[done : done + len(given.rows_B)]
-            done += len(part)
-            given = given._replace(
-                present_BM=given.present_BM & ~torch.from_numpy(dropped_BM[part])
-            )
-            for m, (member, count) in enumerate(zip(members, counts, strict=True)):
-                learning = np.flatnonzero(fold_of_B[part] != member.held_out)
-                for loss in _losses(member, one, given, learning, share.device, place):
-                    (loss / count).backward()  # type: ignore[no-untyped-call]
-                    losses[m] += loss.item()
-    _add_up(members, losses, share)
-    for member, loss_sum, count in zip(members, losses.tolist(), counts, strict=True):
+    sums = _Sums(members, share)
+    for part in range(share.rank, PARTS, share.processes):
+        mine = np.arange(len(rows_B2))[part::PARTS]
+        losses = np.zeros(len(members))
+        for s, one in enumerate(inputs):
+            here = mine[rows_B2[mine, 0] == s]
+            done = 0
+            for given in one.parts(rows_B2[here, 1]):
+                read = here[done : done + len(given.rows_B)]
+                done += len(read)
+                given = given._replace(
+                    present_BM=given.present_BM & ~torch.from_numpy(dropped_BM[read])
+                )
+                for m, (member, count) in enumerate(zip(members, counts, strict=True)):
+                    learning = np.flatnonzero(fold_of_B[read] != member.held_out)
+                    for loss in _losses(member, one, given, learning, share.device, place):
+                        (loss / count).backward()  # type: ignore[no-untyped-call]
+                        losses[m] += loss.item()
+        sums.keep(part, losses)
+    for member, loss_sum, count in zip(members, sums.add_up(), counts, strict=True):
         if count:
             member.optimiser.step()
             member.temperature.update(loss_sum / count)
@@ -229,26 +232,45 @@ def _dropped(queries: int, models: int, recipe: Recipe, place: tuple[int, int]) 
     return dropped_BM
 
 
-def _add_up(members: Sequence[Member], losses: Tensor, share: Share) -> None:
-    """Sum gradients and losses over all processes, in one exchange."""
-    if share.processes == 1:
-        return
-    weights = [weight for member in members for weight in member.parameters]
-    flat = torch.cat(
-        [
-            losses,
-            *(
-                torch.zeros(weight.numel(), dtype=torch.float64)
-                if weight.grad is None
-                else weight.grad.detach().double().flatten().cpu()
-                for weight in weights
-            ),
-        ]
-    )
-    share.add_up(flat)
-    losses.copy_(flat[: len(losses)])
-    place = len(losses)
-    for weight in weights:
-        values = flat[place : place + weight.numel()].view_as(weight)
-        weight.grad = values.to(weight.dtype).to(weight.device)
-        place += weight.numel()
+class _Sums:
+    """Gradients and losses of a batch, part by part.
+
+    A part is worked off by one process, and parts are added in their order, so the sum has the same
+    bits whoever did which: Adam makes a difference of 1e-7 into one of 1e-2 within twenty steps.
+    """
+
+    def __init__(self, members: Sequence[Member], share: Share) -> None:
+        self._members = len(members)
+        self._weights = [weight for member in members for weight in member.parameters]
+        self._share = share
+        size = self._members + sum(weight.numel() for weight in self._weights)
+        self._parts = torch.zeros(PARTS, size, dtype=torch.float64)
+        self._clear()
+
+    def _clear(self) -> None:
+        for weight in self._weights:
+            weight.grad = None
+
+    def keep(self, part: int, losses: Floats) -> None:
+        """Take the gradients that stand in the weights, and the losses, as those of a part."""
+        flat = [torch.from_numpy(losses)]
+        for weight in self._weights:
+            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            flat.append(gradient.detach().double().flatten().cpu())
+        self._parts[part] = torch.cat(flat)
+        self._clear()
+
+    def add_up(self) -> list[float]:
+        """Put the gradients of all parts into the weights; returns the loss of each network."""
+        if self._share.processes > 1:
+            self._share.add_up(self._parts)
+        total = torch.zeros_like(self._parts[0])
+        for part in self._parts:
+            total += part
+        place = self._members
+        for weight in self._weights:
+            values = total[place : place + weight.numel()].view_as(weight)
+            weight.grad = values.to(weight.dtype).to(weight.device)
+            place += weight.numel()
+        losses: list[float] = total[: self._members].tolist()
+        return losses

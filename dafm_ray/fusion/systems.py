@@ -87,6 +87,10 @@ class Maker:
         self, store: TileStore, source: TileStore | None, name: str, notes: list[str]
     ) -> Fusion:
         plain, plus, option = name.partition(SUFFIX)
+        if plus and is_artefact(plain):
+            raise ConfigError(
+                f"{name}: a trained fusion takes no {SUFFIX}; it was trained with one"
+            )
         system, strength = self._plain(store, plain)
         if not plus:
             return system

@@ -161,7 +161,7 @@ def _table(
     bootstrap = Bootstrap([query.fold_group for query in queries], config.seed)
     alone = [summary for summary in summaries if summary.system.kind == "single"]
     best = max(alone, key=lambda summary: (summary.percent(HEADLINE), summary.system.name))
-    against = [best, *(s for s in summaries if s.system.name in BASELINES)]
+    against = [best, *_static_judges(summaries, best)]
     rows = []
     for summary in summaries:
         name = summary.system.name
@@ -197,6 +197,13 @@ def _table(
         baseline=best.system.name,
         overlap=overlap(HEADLINE, {s.system.name: s.hits(HEADLINE) for s in alone}),
     )
+
+
+def _static_judges(summaries: Sequence[Summary], single: Summary) -> list[Summary]:
+    """The baselines, and the best static system if that is another one."""
+    static = [summary for summary in summaries if summary.system.kind == "static"]
+    best = max(static, key=lambda summary: summary.percent(HEADLINE), default=single)
+    return [s for s in static if s.system.name in BASELINES or s is best]
 
 
 def _caption(stores: Sequence[TileStore], queries: Sequence[Query]) -> str:
@@ -278,8 +285,8 @@ def _notes(table: Table, made: Sequence[Systems], summaries: Sequence[Summary]) 
 
 
 def _verdicts(table: Table) -> list[str]:
-    """Whether each learned fusion is above the best of the static ones it is judged by."""
-    static = [row for row in table.rows if row.name in BASELINES]
+    """Whether each learned fusion is above the best static one of the table."""
+    static = [row for row in table.rows if row.kind == "static"]
     if not static:
         return []
     best = max(static, key=lambda row: row.metrics[HEADLINE])

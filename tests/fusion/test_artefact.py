@@ -168,3 +168,11 @@ def test_a_fusion_whose_parts_do_not_belong_together_is_refused(categories, tmp_
         file.write_text(json.dumps({**whole, **change}))
         with pytest.raises(DataError, match="do not belong together"):
             load_artefact(tmp_path / "out")
+
+
+def test_a_bank_is_not_added_to_a_trained_fusion(tmp_path, categories, capsys):
+    trained(tmp_path / "net", categories[0])
+    out = str(tmp_path / "out")
+    name = f"{tmp_path / 'net'}+bank"
+    assert main(["evaluate", categories[0].uri, "--out", out, "--fusion", name]) == 2
+    assert "takes no +bank" in capsys.readouterr().err

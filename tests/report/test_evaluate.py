@@ -8,7 +8,7 @@ import pytest
 
 from dafm_ray.config import EvaluateConfig
 from dafm_ray.errors import ConfigError, DataError
-from dafm_ray.report.evaluate import evaluate
+from dafm_ray.report.evaluate import _verdicts, evaluate
 from dafm_ray.tiles.manifest import Grid
 from tests.samples import labelled_dataset, score_store
 
@@ -64,11 +64,14 @@ def test_metrics_agree_with_themselves_and_with_the_ranks(config, tmp_path):
             assert versus["win"] + versus["tie"] + versus["loss"] == 30
 
 
-def test_every_system_is_compared_with_best_single_z_mean_and_convex(config):
+def test_every_system_is_compared_with_best_single_baselines_and_best_static(config):
     systems = {system["name"]: system for system in metrics(config)["systems"]}
     singles = [s for s in systems.values() if s["kind"] == "single"]
     best = max(singles, key=lambda s: s["metrics"]["R@10"])["name"]
-    assert set(systems["rrf"]["vs"]) == {best, "mean@zscore", "convex@zscore"}
+    static = [s for s in systems.values() if s["kind"] == "static"]
+    best_static = max(static, key=lambda s: s["metrics"]["R@10"])["name"]
+    judges = {best, "mean@zscore", "convex@zscore", best_static}
+    assert set(systems["rrf"]["vs"]) == judges - {"rrf"}
     assert best not in systems[best]["vs"]
 
 
@@ -198,3 +201,22 @@ def test_queries_without_targets_cannot_be_counted(tmp_path):
             empty.write(key, store.read(key))
     with pytest.raises(DataError, match="no query has a target"):
         evaluate(EvaluateConfig(store=empty.uri, out=str(tmp_path / "out")))
+
+
+def test_a_learned_fusion_is_judged_by_the_best_static_one_shown(tmp_path):
+    store = score_store(tmp_path / "s", labelled_dataset(60, 90), ("a", "b"), signal=1.5)
+    shown = ("mean@zscore", "borda", "combmnz@minmax", "mean@zscore+bank:0.3")
+    page = evaluate(
+        EvaluateConfig(store=store.uri, out=str(tmp_path / "r"), fusions=shown, cases=0)
+    )
+    static = [row for row in page.table.rows if row.kind == "static"]
+    best = max(static, key=lambda row: row.metrics["R@10"])
+    learned = replace(
+        next(row for row in page.table.rows if row.name == "a"), name="net", kind="learned"
+    )
+    assert best.name in learned.vs
+    low, high = learned.vs[best.name].ci95
+    [said] = _verdicts(replace(page.table, rows=(*page.table.rows, learned)))
+    assert f"against {best.name}" in said
+    assert ("does harm" in said) == (high < 0)
+    assert ("pays:" in said) == (low > 0)
