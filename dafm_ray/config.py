@@ -501,7 +501,8 @@ class StudyConfig:
             learned and chosen on; a `validation` store is what the choice is reported on.
         out: folder or pyarrow filesystem URI.
         spaces: dotted keys of a FusionConfig (`static`: of a StaticSetting) and their values. Each
-            space is searched for itself, which is how one thing at a time is varied.
+            space is searched for itself, which is how one thing at a time is varied. In `static`,
+            `weights.*` stands for the weight of every model.
         search: how a space with ranges is drawn from: `random`, evenly spread, or `optuna`, which
             learns from what was found. A space of lists alone is tried in full.
         trials: settings drawn from each space that has a range.

@@ -35,10 +35,9 @@ def settings_of(study: StudyConfig, models: Sequence[str], first: str) -> list[S
             ({GROW: list(order)} for order in grown_orders(study, models, first)),
         )
     else:
-        spaces = () if study.search == "optuna" else study.spaces
-        found = itertools.chain(
-            [study.baseline], *(_drawn(study, n, spaces) for n in range(len(spaces)))
-        )
+        spaces = [] if study.search == "optuna" else study.spaces
+        drawn = (_drawn(study, n, _expanded(space, models)) for n, space in enumerate(spaces))
+        found = itertools.chain([study.baseline], *drawn)
     distinct = {name_of(setting): setting for setting in found}
     for setting in distinct.values():
         _check(study, setting, models)
@@ -75,9 +74,17 @@ def name_of(setting: Setting) -> str:
     return digest([json.dumps(setting, sort_keys=True)])[:10]
 
 
-def _drawn(study: StudyConfig, n: int, spaces: Sequence[Space]) -> Iterator[Setting]:
+def _expanded(space: Space, models: Sequence[str]) -> Space:
+    """`weights.*` stands for a key a model."""
+    found: Space = {}
+    for key, values in space.items():
+        section = key.removesuffix("*")
+        found |= {key: values} if section == key else {section + m: values for m in models}
+    return found
+
+
+def _drawn(study: StudyConfig, n: int, space: Space) -> Iterator[Setting]:
     """All of a space of lists; of one with ranges so many draws, spread evenly over each."""
-    space = spaces[n]
     ranges = {key for key, values in space.items() if isinstance(values, Between)}
     if not ranges:
         lists = [values for values in space.values() if not isinstance(values, Between)]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ from dafm_ray.fusion.artefact import Static
 from dafm_ray.fusion.bank import Banked, banked_convex, own_bank
 from dafm_ray.fusion.base import Fusion
 from dafm_ray.fusion.fit import Member, fit, members_of
-from dafm_ray.fusion.folds import bank_folds
+from dafm_ray.fusion.folds import bank_folds, grouped_folds
 from dafm_ray.fusion.lightfusion import grown
 from dafm_ray.fusion.rank import rank_systems
 from dafm_ray.fusion.static import Convex, static_fusion
@@ -123,34 +124,46 @@ def run_trial(
     return trial
 
 
-def deciding(study: StudyConfig, config: FusionConfig) -> list[TileStore]:
-    """The stores that a trial learns and is measured on, without the labels that the choice is
-    reported on. Subsets and orders are not chosen between, so nothing is kept from them.
+class Split(NamedTuple):
+    """Which labels a study keeps from its trials: the last `kept` of its folds, the same for every
+    trial, whatever folds that has itself.
     """
-    return _halves(config, study.report_folds if _keeps_folds(study) else 0)[0]
+
+    folds: int
+    seed: int
+    kept: int
+
+    @staticmethod
+    def of(study: StudyConfig) -> "Split":
+        """Subsets, orders and static fusions are not chosen between on one half, so nothing is
+        kept from them; nor where the choice is reported on a validation store.
+        """
+        keeps = study.kind == "networks" and not study.base.validation_stores
+        return Split(study.base.folds, study.base.seed, study.report_folds if keeps else 0)
+
+    def halves(self, stores: Sequence[TileStore]) -> tuple[list[TileStore], list[TileStore]]:
+        """The stores without these labels, and with these alone."""
+        queries = [query for store in stores for query in store.queries]
+        is_kept = grouped_folds(queries, self.folds, self.seed) >= self.folds - self.kept
+        ends = np.cumsum([store.size("queries") for store in stores])[:-1]
+        parts = list(zip(stores, np.split(is_kept, ends), strict=True))
+        return (
+            [store.hiding(np.flatnonzero(kept_Q)) for store, kept_Q in parts],
+            [store.hiding(np.flatnonzero(~kept_Q)) for store, kept_Q in parts],
+        )
+
+
+def deciding(study: StudyConfig, config: FusionConfig) -> list[TileStore]:
+    """The stores that a trial learns and is measured on."""
+    return Split.of(study).halves(open_stores(config))[0]
 
 
 def reporting(study: StudyConfig, config: FusionConfig) -> list[TileStore]:
     """The stores that a choice is reported on: other queries, or those that decided nothing."""
-    if _keeps_folds(study):
-        return _halves(config, study.report_folds)[1]
     stores = [TileStore(uri) for uri in study.base.validation_stores]
-    return [store.of(config.models) if config.models else store for store in stores]
-
-
-def _keeps_folds(study: StudyConfig) -> bool:
-    return study.kind == "networks" and not study.base.validation_stores
-
-
-def _halves(config: FusionConfig, kept: int) -> tuple[list[TileStore], list[TileStore]]:
-    """The stores without the labels of the last folds, and with these alone."""
-    stores = open_stores(config)
-    first, last = [], []
-    for store, fold_of_Q in zip(stores, folds_of(config, stores), strict=True):
-        is_kept_Q = fold_of_Q >= config.folds - kept
-        first.append(store.hiding(np.flatnonzero(is_kept_Q)))
-        last.append(store.hiding(np.flatnonzero(~is_kept_Q)))
-    return first, last
+    if stores:
+        return [store.of(config.models) if config.models else store for store in stores]
+    return Split.of(study).halves(open_stores(config))[1]
 
 
 def summary_of(systems: Sequence[Fusion], stores: Sequence[TileStore]) -> Summary:
@@ -278,12 +291,12 @@ def _known_statics(study: StudyConfig, config: FusionConfig) -> tuple[Static, ..
         profiles=config.profiles,
         seed=config.seed,
     )
-    return _statics(read, study.report_folds if _keeps_folds(study) else 0)
+    return _statics(read, Split.of(study))
 
 
 @functools.lru_cache(maxsize=64)
-def _statics(config: FusionConfig, kept: int) -> tuple[Static, ...]:
-    return statics(config, _halves(config, kept)[0])
+def _statics(config: FusionConfig, split: Split) -> tuple[Static, ...]:
+    return statics(config, split.halves(open_stores(config))[0])
 
 
 def _static(study: StudyConfig, trial: Trial, storage: Storage) -> Trial:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from dafm_ray.config import Between, StudyConfig, parse_config, to_yaml
-from dafm_ray.errors import ConfigError, unknown
+from dafm_ray.errors import ConfigError, MachineError, unknown
 from dafm_ray.fusion.rank import singles
 from dafm_ray.fusion.study import Setting, name_of, settings_of
 from dafm_ray.fusion.train import open_stores
@@ -53,6 +53,11 @@ class Studied:
         """Trials with numbers, the best first; equal ones as they were tried."""
         found = [trial for trial in self.trials if not trial.failure]
         return sorted(found, key=lambda trial: -trial.score)
+
+    @property
+    def keys(self) -> list[str]:
+        """Everything that some setting sets."""
+        return list(dict.fromkeys(key for trial in self.trials for key in trial.setting))
 
     @property
     def baseline(self) -> Trial:
@@ -210,7 +215,10 @@ def _trial_name(trial: Any) -> str:
 
 def _searcher(study: StudyConfig, suggested: Sequence[Trial]) -> Any:
     """Optuna, told what was found before."""
-    import optuna
+    try:
+        import optuna
+    except ImportError:
+        raise MachineError("search optuna needs it: pip install 'dafm-ray[optuna]'") from None
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 

@@ -83,6 +83,27 @@ def scatter_figure(
     return drawn.svg
 
 
+def bar_figure(bars: Mapping[str, Sequence[float]], labels: Sequence[str], axis: str) -> str:
+    """A group of bars a label.
+
+    Args:
+        bars: name -> a value a label.
+        labels: below the groups.
+        axis: what the values are.
+    """
+    with _drawing(7, 3) as drawn:
+        axes = drawn.drawing.subplots()
+        width = 0.8 / len(bars)
+        for n, (name, values) in enumerate(bars.items()):
+            places = [place + (n - (len(bars) - 1) / 2) * width for place in range(len(labels))]
+            axes.bar(places, values, width, label=name)
+        axes.axhline(0, color="0.3", linewidth=0.8)
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_ylabel(axis)
+        axes.legend(fontsize=8)
+    return drawn.svg
+
+
 Order = tuple[str, ...]
 
 

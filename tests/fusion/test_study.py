@@ -76,6 +76,13 @@ def test_shapley_values_are_the_mean_gain_over_all_orders(values):
     assert math.isclose(sum(found.values()), value[frozenset(models)], abs_tol=1e-9)
 
 
+def test_a_star_stands_for_every_model():
+    spaces = ({"system": ("convex",), "weights.*": Between(0, 1), "strength": (0, 0.5)},)
+    found = settings_of(study(kind="static", spaces=spaces, trials=7), MODELS, "a")
+    assert len(found) == 1 + 7
+    assert set(static_setting(found[1]).weights) == set(MODELS)
+
+
 def test_names_depend_on_what_is_set_alone():
     assert name_of({"a": 1, "b": [2]}) == name_of({"b": [2], "a": 1})
     assert name_of({"a": 1}) != name_of({"a": 2})

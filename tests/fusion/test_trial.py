@@ -94,6 +94,15 @@ def test_a_trial_is_measured_on_the_queries_that_decide(tmp_path, store):
     assert trial.metrics["R@10"] == pytest.approx(trial.score, abs=1e-4)
 
 
+@pytest.mark.parametrize("setting", [{"seed": 1}, {"folds": 6}, {"models": ["a", "c"]}])
+def test_every_trial_is_kept_from_the_same_labels(tmp_path, store, setting):
+    study = study_of(tmp_path, store)
+    [base] = deciding(study, study.base)
+    [other] = deciding(study, study.with_setting(setting))
+    assert other.hidden == base.hidden
+    assert reporting(study, study.with_setting(setting))[0].hidden.isdisjoint(base.hidden)
+
+
 def test_a_trial_repeats_to_the_bit(tmp_path, store):
     weights = []
     for n in range(2):
