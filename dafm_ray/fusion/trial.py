@@ -4,7 +4,8 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from dafm_ray.evaluation.summary import Summary, SystemRanks
 from dafm_ray.fusion.artefact import Static
 from dafm_ray.fusion.bank import Banked, banked_convex, own_bank
 from dafm_ray.fusion.base import Fusion
-from dafm_ray.fusion.fit import Member, fit, members_of
+from dafm_ray.fusion.fit import Member, Share, fit, members_of
 from dafm_ray.fusion.folds import bank_folds, grouped_folds
 from dafm_ray.fusion.lightfusion import grown
 from dafm_ray.fusion.rank import rank_systems
@@ -39,6 +40,7 @@ from dafm_ray.fusion.train import (
     traces_of,
 )
 from dafm_ray.progress import progress
+from dafm_ray.tiles.forward import device_of
 from dafm_ray.tiles.storage import Storage
 from dafm_ray.tiles.store import TileStore
 
@@ -220,15 +222,10 @@ def _networks(study: StudyConfig, trial: Trial, storage: Storage, report: Report
 
     def after_epoch(epoch: int) -> None:
         if study.stop_early and epoch < config.recipe.epochs:
-            report(summary_of(systems(), stores).percent(study.metric))
+            with _on(members, "cpu"):
+                report(summary_of(systems(), stores).percent(study.metric))
 
-    fit(
-        members,
-        open_inputs(config, stores),
-        folds_of(config, stores),
-        config.recipe,
-        after_epoch=after_epoch,
-    )
+    _fit(study, config, stores, members, after_epoch)
     artefact = artefact_of(config, stores, plan, members)
     with tempfile.TemporaryDirectory() as folder:
         artefact.save(Path(folder), traces_of(members))
@@ -259,7 +256,7 @@ def _grown(study: StudyConfig, trial: Trial) -> Trial:
                 for before, after in zip(smaller, members, strict=True)
             ]
             members = members_of(networks, config.recipe, plan.tau)
-        fit(members, open_inputs(config, stores), folds_of(config, stores), config.recipe)
+        _fit(study, config, stores, members)
         artefact = artefact_of(config, stores, plan, members)
         summary = summary_of([artefact.on(store).learned for store in stores], stores)
         steps.append(percents(summary))
@@ -272,6 +269,30 @@ def _grown(study: StudyConfig, trial: Trial) -> Trial:
     return replace(
         trial, steps=tuple(reported or steps), reported=reported[-1] if reported else None
     )
+
+
+def _fit(
+    study: StudyConfig,
+    config: FusionConfig,
+    stores: Sequence[TileStore],
+    members: Sequence[Member],
+    after_epoch: Callable[[int], None] = lambda epoch: None,
+) -> None:
+    device = device_of(study.gpus)
+    inputs, folds = open_inputs(config, stores), folds_of(config, stores)
+    with _on(members, device):
+        fit(members, inputs, folds, config.recipe, Share(device=device), after_epoch)
+
+
+@contextmanager
+def _on(members: Sequence[Member], device: str) -> Iterator[None]:
+    """The networks on a device, and afterwards where they were."""
+    before = members[0].parameters[0].device
+    for member in members:
+        member.network.to(device)
+    yield
+    for member in members:
+        member.network.to(before)
 
 
 def _out_of_fold(config: FusionConfig) -> FusionConfig:

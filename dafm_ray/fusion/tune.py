@@ -155,7 +155,13 @@ def _fit(study: StudyConfig, space: dict[str, Any], count: int, searcher: Any) -
                 callbacks=[_followed(study, shown)],
             ),
         )
-        tuner.fit()
+        results = tuner.fit()
+    if results.errors:
+        reason = str(results.errors[0]).strip().splitlines()[-1]
+        raise MachineError(
+            f"{len(results.errors)} trials ended without a record, the first with: {reason}. The "
+            "same command tries them again; all others are kept"
+        )
 
 
 def _followed(study: StudyConfig, shown: Progress) -> Any:

@@ -29,7 +29,7 @@ from dafm_ray.fusion.tune import Studied
 from dafm_ray.report.evaluate import evaluate
 from dafm_ray.report.figures import Figure, scatter_figure, temperature_svg
 from dafm_ray.report.findings import Findings
-from dafm_ray.tiles.storage import Storage
+from dafm_ray.tiles.storage import LocalStorage, Storage
 from dafm_ray.tiles.store import TileStore
 
 CHOSEN, BASELINE, YAML = "chosen", "baseline", "chosen.yaml"
@@ -56,7 +56,9 @@ def choose_network(studied: Studied, storage: Storage, root: Path) -> Findings:
         raise DataError(f"the baseline came to nothing: {baseline.failure or 'stopped early'}")
     ended = [trial for trial in studied.usable if not trial.stopped]
     chosen, worst = ended[0], ended[-1]
-    config = replace(study.with_setting(chosen.setting), out=f"{study.out}/fusion")
+    # A training keeps its checkpoints in a local folder.
+    out = f"{study.out}/fusion" if isinstance(storage, LocalStorage) else "runs/fusion"
+    config = replace(study.with_setting(chosen.setting), out=out)
     (root / YAML).write_text(to_yaml(config), encoding="utf-8")
     shown = {BASELINE: baseline} | ({} if chosen is baseline else {CHOSEN: chosen})
     for name, trial in shown.items():

@@ -18,6 +18,7 @@ from dafm_ray.fusion.trial import RECORD, TRIALS
 from dafm_ray.fusion.tune import run_study
 from dafm_ray.report.study import report_study
 from dafm_ray.tiles.manifest import Grid
+from dafm_ray.tiles.storage import open_storage
 from tests.samples import labelled_dataset, score_store
 
 pytestmark = pytest.mark.timeout(170)
@@ -156,6 +157,17 @@ def test_a_killed_study_goes_on_and_ends_as_an_unbroken_one(tmp_path, store):
         (t.name, t.metrics) for t in unbroken.trials
     ]
     assert ended.usable[0].name == unbroken.usable[0].name
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_study_on_s3_is_the_study_on_disk(tmp_path, store, bucket):
+    spaces = ({"recipe.learning_rate": (0.03, 0.003)},)
+    local = study_of(tmp_path, store, spaces=spaces)
+    uri = bucket.replace("s3://", "s3://testing:testing@") + "&region=us-east-1"
+    report = report_study(replace(local, out=uri))
+    found = open_storage(uri)
+    assert {"report.html", "trials.parquet", "chosen.yaml"} <= set(found.list(""))
+    assert report.notes == report_study(local).notes
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """A store on a real S3-protocol server."""
 
-import boto3
 import numpy as np
 import pyarrow as pa
 import pytest
-from moto.server import ThreadedMotoServer
 
 from dafm_ray.datasets.shards import open_shards
 from dafm_ray.errors import DataError
@@ -19,20 +17,6 @@ from tests.samples import (
     score_store,
     tar_shard,
 )
-
-
-@pytest.fixture
-def bucket(monkeypatch, request):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="stores")
-    yield f"s3://stores/{request.node.name}?endpoint_override={host}:{port}&scheme=http"
-    server.stop()
 
 
 def test_a_store_on_s3_is_the_store_on_disk(bucket, tmp_path):
