@@ -306,6 +306,8 @@ class Recipe:
         tau_unit: `raw`: of the sub-models' own scores, as the paper's 0.02 for cosines;
             `normalised`: of the normalised scores.
         scaling: S of DAFM's eq. 7.
+        temperature_every: whether tau moves after every `step`, by its loss, or after every
+            `epoch`, by the mean of its losses; DAFM leaves that open.
         lowest_factor: of one step, in mode `paper_clamped`.
         tau_bounds: as multiples of the start, in modes `paper_clamped` and `centred`.
         learning_rate: of AdamW.
@@ -324,6 +326,7 @@ class Recipe:
     tau: float = 0.15
     tau_unit: Literal["normalised", "raw"] = "normalised"
     scaling: float = 500.0
+    temperature_every: Literal["step", "epoch"] = "step"
     lowest_factor: float = 0.5
     tau_bounds: tuple[float, float] = (0.25, 5.0)
     learning_rate: float = 1e-2

@@ -146,6 +146,8 @@ def fit(
         for start in range(0, len(order), recipe.batch):
             chosen = np.sort(order[start : start + recipe.batch])
             _step(members, inputs, rows[chosen], folds[chosen], recipe, share, (epoch, start))
+        for member in members:
+            member.temperature.end_epoch()
         after_epoch(epoch + 1)
 
 

@@ -28,6 +28,7 @@ class Temperature:
         scaling: S of eq. 7; a loss moves tau by its share of S.
         lowest_factor: of a step, in mode `paper_clamped`.
         bounds: of tau, as multiples of its start, in modes `paper_clamped` and `centred`.
+        by_epoch: tau moves at the end of an epoch, by the mean of its losses.
         value: tau now.
         trace: (loss, tau after it) of every step.
     """
@@ -37,9 +38,11 @@ class Temperature:
     scaling: float = 500.0
     lowest_factor: float = 0.5
     bounds: tuple[float, float] = (0.25, 5.0)
+    by_epoch: bool = False
     value: float = field(init=False)
     trace: list[tuple[float, float]] = field(default_factory=list)
     _mean: float | None = field(default=None, repr=False)
+    _epoch: list[float] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         if self.start <= 0 or self.scaling <= 0:
@@ -50,7 +53,12 @@ class Temperature:
     def of(recipe: Recipe, start: float) -> "Temperature":
         """As a recipe says, starting in units of the normalised scores."""
         return Temperature(
-            recipe.temperature, start, recipe.scaling, recipe.lowest_factor, recipe.tau_bounds
+            recipe.temperature,
+            start,
+            recipe.scaling,
+            recipe.lowest_factor,
+            recipe.tau_bounds,
+            recipe.temperature_every == "epoch",
         )
 
     def update(self, loss: float) -> float:
@@ -62,13 +70,30 @@ class Temperature:
         """
         if not abs(loss) < float("inf"):
             raise ConfigError(f"the loss is {loss} at tau {self.value:g}; raise tau's start")
+        if self.by_epoch:
+            self._epoch.append(loss)
+        else:
+            self._move(loss)
+        self.trace.append((loss, self.value))
+        return self.value
+
+    def end_epoch(self) -> None:
+        """Move tau where it moves by epoch; the trace shows it with the epoch's last step.
+
+        Raises:
+            ConfigError: as `update`.
+        """
+        if self._epoch:
+            self._move(sum(self._epoch) / len(self._epoch))
+            self._epoch.clear()
+            self.trace[-1] = (self.trace[-1][0], self.value)
+
+    def _move(self, loss: float) -> None:
         moved = self.value * self._factor(loss)
         if self.mode in ("paper_clamped", "centred"):
             low, high = (bound * self.start for bound in self.bounds)
             moved = min(max(moved, low), high)
         self.value = moved
-        self.trace.append((loss, moved))
-        return moved
 
     def _factor(self, loss: float) -> float:
         if self.mode == "fixed":

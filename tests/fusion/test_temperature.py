@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dafm_ray.config import Recipe
 from dafm_ray.errors import ConfigError
 from dafm_ray.fusion.temperature import Temperature, in_score_units
 
@@ -84,3 +85,23 @@ def test_units_and_wrong_settings():
         in_score_units(0.02, 0.0)
     with pytest.raises(ConfigError, match="above 0"):
         Temperature("paper", 0.0)
+
+
+def test_by_epoch_tau_moves_once_by_the_mean_of_the_losses():
+    temperature = Temperature.of(
+        Recipe(temperature="paper", scaling=10.0, temperature_every="epoch"), 0.5
+    )
+    for loss in (1.0, 3.0):
+        assert temperature.update(loss) == 0.5
+    temperature.end_epoch()
+    assert temperature.value == pytest.approx(0.5 * (1 - 2.0 / 10), rel=1e-12)
+    assert temperature.trace == [(1.0, 0.5), (3.0, temperature.value)]
+    temperature.end_epoch()
+    assert temperature.value == pytest.approx(0.4, rel=1e-12)
+
+
+def test_by_step_the_end_of_an_epoch_does_nothing():
+    temperature = Temperature.of(Recipe(temperature="paper", scaling=10.0), 0.5)
+    after = temperature.update(1.0)
+    temperature.end_epoch()
+    assert temperature.value == after
