@@ -35,13 +35,15 @@ def settings_of(study: StudyConfig, models: Sequence[str], first: str) -> list[S
             ({GROW: list(order)} for order in grown_orders(study, models, first)),
         )
     else:
-        spaces = [] if study.search == "optuna" else study.spaces
-        drawn = (_drawn(study, n, _expanded(space, models)) for n, space in enumerate(spaces))
-        found = itertools.chain([study.baseline], *drawn)
+        spaces = [_expanded(space, models) for space in study.spaces]
+        drawn = itertools.chain(*(_drawn(study, n, space) for n, space in enumerate(spaces)))
+        found = itertools.chain([study.baseline], drawn)
     distinct = {name_of(setting): setting for setting in found}
     for setting in distinct.values():
         _check(study, setting, models)
-    return list(distinct.values())
+    settings = list(distinct.values())
+    # What optuna suggests later is of the same keys and values.
+    return settings[:1] if study.search == "optuna" else settings
 
 
 def _check(study: StudyConfig, setting: Setting, models: Sequence[str]) -> None:

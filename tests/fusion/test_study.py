@@ -108,6 +108,7 @@ def test_static_settings_have_sections():
         ({"kind": "orders", "spaces": ({"seeds": (1,)},)}, "has no space"),
         ({"spaces": ({"seeds": (1,)},), "report_folds": 4}, "leave two"),
         ({"spaces": ({"seeds": (1,)},) * 2, "search": "optuna"}, "takes one space"),
+        ({"spaces": ({"sed": (1,)},), "search": "optuna"}, "did you mean 'seed'"),
     ],
 )
 def test_wrong_studies_end_in_one_message(change, message):
