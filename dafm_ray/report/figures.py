@@ -123,27 +123,30 @@ def line_figure(
         label: of the metric.
         published: data set -> points after each model, from elsewhere.
     """
-    with _drawing(9, 5) as drawn:
-        left, right = drawn.drawing.subplots(1, 2, width_ratios=(3, 1))
+    with _drawing(10, 4.5) as drawn:
+        left, middle, right = drawn.drawing.subplots(1, 3, width_ratios=(4, 2, 2))
+        colours = {order: f"C{n}" for n, order in enumerate(named)}
         for order, path in every.items():
-            if order not in named:
-                left.plot(range(1, len(path) + 1), path, color="0.85", linewidth=1, zorder=1)
-        for n, (order, path) in enumerate(named.items()):
+            shade = colours.get(order, "0.75")
+            middle.plot(range(1, len(path) + 1), path, color=shade, linewidth=1)
+        for order, path in named.items():
             steps = range(1, len(path) + 1)
-            left.plot(steps, path, "o-", color=f"C{n}", markersize=4, label=" + ".join(order))
+            left.plot(
+                steps, path, "o-", color=colours[order], markersize=4, label=" + ".join(order)
+            )
         for order, path in grown.items():
-            place = list(named).index(order) if order in named else None
-            colour = "0.6" if place is None else f"C{place}"
-            left.plot(range(1, len(path) + 1), path, "--", color=colour, linewidth=1)
-        left.set_xticks(range(1, max(map(len, every.values())) + 1))
-        left.set_xlabel("fused models")
+            shade = colours.get(order, "0.6")
+            left.plot(range(1, len(path) + 1), path, "--", color=shade, linewidth=1.2)
+        for axes in (left, middle):
+            axes.set_xticks(range(1, max(map(len, every.values())) + 1))
+            axes.set_xlabel("fused models")
         left.set_ylabel(label)
         left.legend(fontsize=7, loc="lower right")
+        middle.set_title("all orders", fontsize=9)
         for title, points in published.items():
-            pairs = [(n + 1, p) for n, several in enumerate(points) for p in several]
+            pairs = [(n, p) for n, several in enumerate(points, 1) for p in several]
             right.plot([n for n, _ in pairs], [p for _, p in pairs], "x", label=title)
         right.set_xticks(range(1, 1 + max(map(len, published.values()))))
-        right.set_title("published (DAFM)", fontsize=9)
-        right.set_ylabel("Rmean")
+        right.set_title("published (DAFM), Rmean", fontsize=9)
         right.legend(fontsize=7)
     return drawn.svg

@@ -119,7 +119,8 @@ def _notes(studied: Studied, lattice: Lattice, where: str) -> list[str]:
         notes.append(
             f"Grown model by model, where the order can matter, {len(ends)} orders end between "
             f"{min(ends):.2f} and {max(ends):.2f} % (spread {max(ends) - min(ends):.2f}); trained "
-            f"at once, all of them end at {lattice.whole:.2f} %."
+            f"at once, all of them end at {lattice.whole:.2f} %. A grown fusion is trained anew "
+            "with every model, so it has learned for more epochs."
         )
     return notes
 
@@ -173,9 +174,10 @@ def _figure(studied: Studied, lattice: Lattice, where: str) -> Figure:
     named = {order: path for order, path in paths.items() if order[0] == studied.first}
     svg = line_figure(named, paths, lattice.grown, lattice.metric, PUBLISHED)
     caption = (
-        f"{lattice.metric} on {where} against the number of fused models. Lines: the orders that "
-        f"start at {studied.first}; grey: all other orders; dashed: grown model by model. Right: "
-        "points that DAFM publishes, of other models on its own data, not comparable with ours."
+        f"{lattice.metric} on {where} against the number of fused models. Left: the orders that "
+        f"start at {studied.first}, trained at once (lines) and grown model by model (dashed). "
+        "Middle: all orders. Right: points that DAFM publishes, of other models on its own data, "
+        "not comparable with ours."
     )
     return Figure(svg, caption)
 
