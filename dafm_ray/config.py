@@ -492,6 +492,13 @@ Space = dict[str, Between | tuple[Any, ...]]
 """Key -> its values: all of a list, or draws from a range."""
 
 
+_FIXED = frozenset(
+    {"store", "validation", "protocol", "out", "folds", "seed", "workers", "use_gpu", "cases"}
+)
+"""Keys of a FusionConfig that a study does not vary: trials on other queries or folds would learn
+from what the choice is reported on, or from more than others."""
+
+
 @dataclass(frozen=True)
 class StudyConfig:
     """A sweep on Ray Tune: many fusions of the same scores, and what to learn from them.
@@ -517,6 +524,8 @@ class StudyConfig:
         first: in `orders`, the model that orders start with; by default the best one alone.
         grown: in `orders`, which orders a fusion is grown in: those that begin with `first`, `all`,
             or `none`.
+        most_orders: in `orders`, at most so many are grown and named in the figure, drawn by
+            `seed`.
         cpus: of a trial; a fraction lets several share one.
         gpus: of a trial; a fraction lets several share one.
         seed: of the draws.
@@ -536,6 +545,7 @@ class StudyConfig:
     stop_early: bool = False
     first: str = ""
     grown: Literal["first", "all", "none"] = "first"
+    most_orders: int = 6
     cpus: float = 1.0
     gpus: float = 0.0
     seed: int = 0
@@ -548,10 +558,16 @@ class StudyConfig:
         for key, values in (pair for space in self.spaces for pair in space.items()):
             if not isinstance(values, Between) and not values:
                 raise ConfigError(f"spaces: {key} has no values")
+            if self.kind == "networks" and key.partition(".")[0] in _FIXED:
+                raise ConfigError(f"spaces: {key} is the same for every trial; set it in `fusion`")
+        if _FIXED & self.baseline.keys():
+            raise ConfigError("baseline: what is in `fusion` alone is the same for every trial")
+        if self.kind == "static" and self.fusion.get("validation"):
+            raise ConfigError("kind static chooses out of fold; it takes no validation store")
         if self.search == "optuna" and (len(self.spaces) != 1 or self.kind != "networks"):
             raise ConfigError("search optuna takes one space, of kind networks")
-        if self.trials < 1 or not 0 <= self.seed <= _LARGEST_SEED:
-            raise ConfigError("trials must be at least 1, seed in [0, 2^31)")
+        if min(self.trials, self.most_orders) < 1 or not 0 <= self.seed <= _LARGEST_SEED:
+            raise ConfigError("trials and most_orders must be at least 1, seed in [0, 2^31)")
         if not 0 < self.cpus < math.inf or not 0 <= self.gpus < math.inf:
             raise ConfigError("cpus must be above 0, gpus at least 0")
         if self.report_folds < 1 or self.report_folds > self.base.folds - 2:

@@ -11,11 +11,16 @@ import numpy as np
 from dafm_ray.config import Between, Space, StaticSetting, StudyConfig, parse_config
 from dafm_ray.datasets.base import digest
 from dafm_ray.errors import ConfigError, unknown
+from dafm_ray.fusion.static import static_fusion
 
 Setting = dict[str, Any]
 """Dotted key -> value; `grow` -> models in the order they are added."""
 
 GROW = "grow"
+CONVEX = "convex"
+
+MOST_MODELS = 8
+"""Of a study of orders: 255 subsets and 40,320 orders."""
 
 
 def settings_of(study: StudyConfig, models: Sequence[str], first: str) -> list[Setting]:
@@ -29,6 +34,11 @@ def settings_of(study: StudyConfig, models: Sequence[str], first: str) -> list[S
     Raises:
         ConfigError: a key that there is not, or a value that it cannot have.
     """
+    if study.kind == "orders" and len(models) > MOST_MODELS:
+        raise ConfigError(
+            f"orders of {len(models)} models are too many; name up to {MOST_MODELS} "
+            "in fusion.models"
+        )
     if study.kind == "orders":
         found: Iterable[Setting] = itertools.chain(
             ({"models": list(subset)} for subset in subsets(models)),
@@ -49,14 +59,17 @@ def settings_of(study: StudyConfig, models: Sequence[str], first: str) -> list[S
 def _check(study: StudyConfig, setting: Setting, models: Sequence[str]) -> None:
     """ConfigError if a setting cannot be tried."""
     if study.kind == "static":
-        named: Iterable[str] = static_setting(setting).weights
+        static = static_setting(setting)
+        if static.system != CONVEX:
+            static_fusion(static.system)
+        named: Iterable[str] = static.weights
     elif GROW in setting:
         named = setting[GROW]
     else:
         named = study.with_setting(setting).models
     for name in named:
         if name not in models:
-            raise ConfigError(unknown("model", name, models))
+            raise ConfigError(f"spaces: {unknown('model', name, models)}")
 
 
 def static_setting(setting: Setting) -> StaticSetting:
@@ -127,19 +140,28 @@ def grown_orders(study: StudyConfig, models: Sequence[str], first: str) -> list[
     """The orders that a fusion is grown in, model by model."""
     if study.grown == "none" or len(models) < 2:
         return []
-    return orders(models, first if study.grown == "first" else "")
+    return drawn_orders(study, orders(models, first if study.grown == "first" else ""))
 
 
-def shapley(models: Sequence[str], value: Mapping[frozenset[str], float]) -> dict[str, float]:
+def drawn_orders(study: StudyConfig, every: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """As many as a study wants, in their order."""
+    rng = np.random.default_rng(study.seed)
+    drawn = rng.permutation(len(every))[: study.most_orders]
+    return [every[n] for n in np.sort(drawn)]
+
+
+def shapley(
+    models: Sequence[str], value: Mapping[frozenset[str], float], chance: float
+) -> dict[str, float]:
     """What each model adds, averaged over all orders (Shapley, 1953); they add up to the value of
-    all models.
+    all models less that of none.
 
     Args:
         models: M.
-        value: of each of the 2^M - 1 subsets; the empty one is worth 0, as a ranking by chance is
-            but for a trace.
+        value: of each of the 2^M - 1 subsets.
+        chance: of no model.
     """
-    worth = {frozenset[str](): 0.0, **value}
+    worth = {frozenset[str](): chance, **value}
     count = len(models)
     found = {}
     for model in models:

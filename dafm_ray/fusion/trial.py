@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from dafm_ray.config import FOLDS, FusionConfig, StudyConfig, parse_config
 from dafm_ray.errors import ConfigError, DafmError, DataError
-from dafm_ray.evaluation.metrics import Floats
+from dafm_ray.evaluation.metrics import Floats, Ints, Scores
 from dafm_ray.evaluation.protocols import protocol
 from dafm_ray.evaluation.significance import Bootstrap
 from dafm_ray.evaluation.summary import Summary, SystemRanks
@@ -28,7 +28,7 @@ from dafm_ray.fusion.folds import bank_folds, grouped_folds
 from dafm_ray.fusion.lightfusion import grown
 from dafm_ray.fusion.rank import rank_systems
 from dafm_ray.fusion.static import Convex, static_fusion
-from dafm_ray.fusion.study import GROW, Setting, name_of, static_setting
+from dafm_ray.fusion.study import CONVEX, GROW, Setting, name_of, static_setting
 from dafm_ray.fusion.train import (
     artefact_of,
     build,
@@ -190,6 +190,20 @@ def summary_of(systems: Sequence[Fusion], stores: Sequence[TileStore]) -> Summar
         ]
     ranks = SystemRanks.concatenate(parts).select(labelled)
     return Summary(ranks, rules, [queries[q].category for q in labelled])
+
+
+@dataclass(frozen=True)
+class Chance:
+    """No model: all candidates tie, and stand in the stored order, which is arbitrary."""
+
+    name: str = "chance"
+    kind: str = "static"
+
+    def __call__(self, scores_MBN: Scores, rows_B: Ints) -> Scores:
+        """0 for every candidate that a model scored."""
+        absent_BN = np.isnan(scores_MBN).all(axis=0)
+        chance_BN: Scores = np.where(absent_BN, np.float32(np.nan), np.float32(0))
+        return chance_BN
 
 
 def percents(summary: Summary) -> dict[str, float]:
@@ -359,7 +373,7 @@ def _plain(store: TileStore, name: str, weights: Mapping[str, float], k: float) 
             raise ConfigError(
                 f"weights: {store.uri} does not hold {model!r}; it holds {', '.join(store.models)}"
             )
-    if name == "convex":
+    if name == CONVEX:
         total = sum(weights.values())
         if not total:
             raise ConfigError("convex needs weights above 0")

@@ -17,16 +17,27 @@ from dafm_ray.errors import ConfigError, MachineError, unknown
 from dafm_ray.fusion.rank import singles
 from dafm_ray.fusion.study import Setting, name_of, settings_of
 from dafm_ray.fusion.train import open_stores
-from dafm_ray.fusion.trial import Trial, percents, recorded, run_trial, summary_of
+from dafm_ray.fusion.trial import (
+    Chance,
+    Trial,
+    percents,
+    recorded,
+    reporting,
+    run_trial,
+    summary_of,
+)
 from dafm_ray.progress import Progress, progress
 from dafm_ray.runs import CONFIG, refuse_other
 from dafm_ray.session import available_cpus, available_gpus, ensure_ray, one_thread
 from dafm_ray.tiles.lease import writing
-from dafm_ray.tiles.storage import open_storage
+from dafm_ray.tiles.storage import Storage, open_storage
 from dafm_ray.tiles.store import TileStore
 
 _MACHINE = frozenset({"cpus", "gpus"})
 """Keys that may change between two starts of one study."""
+
+SCORES, ASKED = "scores.txt", "suggested.txt"
+"""Digests of what the trials were made of; written when optuna has suggested enough."""
 
 TUNE = "tune"
 """Folder of Ray Tune's own files; its name for the experiment."""
@@ -39,7 +50,8 @@ class Studied:
     Attributes:
         study: as configured.
         trials: in the order of the settings, or as they were suggested.
-        alone: model -> metric -> percent, of the sub-models by themselves.
+        alone: model -> metric -> percent, of the sub-models by themselves, and of no model under
+            `chance`; on the queries that are reported on.
         first: the model that orders start with.
     """
 
@@ -53,6 +65,11 @@ class Studied:
         """Trials with numbers, the best first; equal ones as they were tried."""
         found = [trial for trial in self.trials if not trial.failure]
         return sorted(found, key=lambda trial: -trial.score)
+
+    @property
+    def ordered(self) -> list[Trial]:
+        """All of them: the best first, failed ones last."""
+        return [*self.usable, *(trial for trial in self.trials if trial.failure)]
 
     @property
     def keys(self) -> list[str]:
@@ -75,36 +92,69 @@ def run_study(study: StudyConfig) -> Studied:
         MachineError: another run writes to the folder, or it refuses.
     """
     stores = open_stores(study.base)
+    shown = reporting(study, study.base) if study.base.validation_stores else stores
     alone = {
-        system.name: percents(summary_of([system] * len(stores), stores))
-        for system in singles(stores[0])
+        system.name: percents(summary_of([system] * len(shown), shown))
+        for system in (*singles(shown[0]), Chance())
     }
-    known = next(iter(alone.values()))
+    known = alone[Chance.name]
     if study.metric not in known:
         raise ConfigError(f"metric: {unknown('metric', study.metric, known)}")
     models = stores[0].models
-    first = study.first or max(alone, key=lambda name: (alone[name][study.metric], name))
+    first = study.first or max(models, key=lambda name: (alone[name][study.metric], name))
     if first not in models:
         raise ConfigError(f"first: {unknown('model', first, models)}")
     settings = settings_of(study, models, first)
     storage = open_storage(study.out)
     with writing(storage):
-        with suppress(FileNotFoundError):
-            written = storage.read(CONFIG).to_pybytes()
-            refuse_other(written, study, _MACHINE, storage.uri)
-        storage.write(CONFIG, pa.py_buffer(to_yaml(study).encode()))
+        _claim(study, storage, [*stores, *shown])
+        names = [name_of(setting) for setting in settings]
         done = recorded(storage)
-        todo = [setting for setting in settings if name_of(setting) not in done]
-        suggested = [trial for name, trial in done.items() if name not in map(name_of, settings)]
-        if todo or (study.search == "optuna" and len(suggested) < study.trials):
-            _try(study, todo, suggested)
-        done = recorded(storage)
-    names = [name_of(setting) for setting in settings]
+        todo = [s for s, name in zip(settings, names, strict=True) if name not in done]
+        suggested = [trial for name, trial in done.items() if name not in names]
+        wanted = 0 if study.search != "optuna" or _asked(storage) else study.trials
+        if todo or len(suggested) < wanted:
+            _try(study, todo, suggested, wanted - len(suggested))
+            done = recorded(storage)
+        missing = [name for name in names if name not in done]
+        if missing:
+            raise MachineError(
+                f"{len(missing)} of {len(names)} trials have no record, as after an interruption; "
+                "the same command tries them, all others are kept"
+            )
+        if wanted:
+            storage.write(ASKED, pa.py_buffer(b""))
     names += sorted(name for name in done if name not in names)
-    return Studied(study, tuple(done[name] for name in names if name in done), alone, first)
+    return Studied(study, tuple(done[name] for name in names), alone, first)
 
 
-def _try(study: StudyConfig, todo: Sequence[Setting], suggested: Sequence[Trial]) -> None:
+def _claim(study: StudyConfig, storage: Storage, stores: Sequence[TileStore]) -> None:
+    """ConfigError if the folder holds another study, or one of other scores."""
+    scores = " ".join(store.scores_digest for store in stores).encode()
+    with suppress(FileNotFoundError):
+        written = storage.read(CONFIG).to_pybytes()
+        refuse_other(written, study, _MACHINE, storage.uri)
+        if storage.read(SCORES).to_pybytes() != scores:
+            raise ConfigError(
+                f"{storage.uri} holds trials of other scores than the stores hold now; choose "
+                "another `out`, or delete that folder"
+            )
+    storage.write(SCORES, pa.py_buffer(scores))
+    storage.write(CONFIG, pa.py_buffer(to_yaml(study).encode()))
+
+
+def _asked(storage: Storage) -> bool:
+    """Whether optuna has suggested all it was asked for; it may suggest a setting twice."""
+    try:
+        storage.read(ASKED)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _try(
+    study: StudyConfig, todo: Sequence[Setting], suggested: Sequence[Trial], more: int
+) -> None:
     """One Tuner over the settings without a record, another over those that optuna suggests."""
     # Relative paths of the configuration stay relative to where the job was started.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -119,20 +169,23 @@ def _try(study: StudyConfig, todo: Sequence[Setting], suggested: Sequence[Trial]
             raise ConfigError(f"a trial needs {needed:g} {what}, and the cluster has {there:g}")
     from ray import tune
 
-    if todo:
-        _fit(study, {"setting": tune.grid_search(list(todo))}, len(todo), None)
-    if study.search == "optuna":
-        left = study.trials - len(suggested)
-        if left > 0:
-            _fit(study, {}, left, _searcher(study, suggested))
+    # The baseline is never given up.
+    patient = [setting for setting in todo if not study.stop_early or setting == study.baseline]
+    hasty = [setting for setting in todo if setting not in patient]
+    for group, stops in ((patient, False), (hasty, True)):
+        if group:
+            _fit(study, {"setting": tune.grid_search(group)}, len(group), None, stops)
+    if more > 0:
+        _fit(study, {}, more, _searcher(study, suggested), study.stop_early)
 
 
-def _fit(study: StudyConfig, space: dict[str, Any], count: int, searcher: Any) -> None:
+def _fit(study: StudyConfig, space: dict[str, Any], count: int, searcher: Any, stops: bool) -> None:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
     filesystem, path = open_storage(study.out).location
-    stops = ASHAScheduler(max_t=study.base.recipe.epochs, grace_period=1, reduction_factor=3)
+    longest = max([study.base.recipe.epochs, *_values(study, "recipe.epochs")])
+    asha = ASHAScheduler(max_t=int(longest), grace_period=1, reduction_factor=3)
     with progress("trials", count, unit="trial") as shown:
         tuner = tune.Tuner(
             tune.with_resources(_trainable(study), {"cpu": study.cpus, "gpu": study.gpus}),
@@ -142,7 +195,7 @@ def _fit(study: StudyConfig, space: dict[str, Any], count: int, searcher: Any) -
                 mode="max",
                 num_samples=1 if searcher is None else count,
                 search_alg=searcher,
-                scheduler=stops if study.stop_early else None,
+                scheduler=asha if stops else None,
                 reuse_actors=True,
                 trial_name_creator=_trial_name,
                 trial_dirname_creator=_trial_name,
@@ -164,6 +217,15 @@ def _fit(study: StudyConfig, space: dict[str, Any], count: int, searcher: Any) -
         )
 
 
+def _values(study: StudyConfig, key: str) -> list[float]:
+    """What a key may be: of a list all, of a range its ends."""
+    found: list[float] = []
+    for space in study.spaces:
+        values = space.get(key, ())
+        found += (values.low, values.high) if isinstance(values, Between) else values
+    return found
+
+
 def _followed(study: StudyConfig, shown: Progress) -> Any:
     """A callback that shows progress, and records trials that a scheduler gave up."""
     from ray import tune
@@ -175,8 +237,10 @@ def _followed(study: StudyConfig, shown: Progress) -> Any:
             storage = open_storage(study.out)
             name = _trial_name(trial)
             if name not in recorded(storage):
-                score = float(trial.last_result["score"])
-                Trial(name, _setting(trial.config), score, stopped=True).write(storage)
+                last = trial.last_result
+                score, seconds = float(last["score"]), round(float(last["time_total_s"]), 3)
+                setting = _setting(trial.config)
+                Trial(name, setting, score, seconds=seconds, stopped=True).write(storage)
             shown.advance()
 
         def on_trial_error(
@@ -229,6 +293,7 @@ def _searcher(study: StudyConfig, suggested: Sequence[Trial]) -> Any:
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    ended = [trial for trial in suggested if not trial.failure and not trial.stopped]
     [space] = study.spaces
     domains = {}
     for key, values in space.items():
@@ -242,7 +307,7 @@ def _searcher(study: StudyConfig, suggested: Sequence[Trial]) -> Any:
         domains,
         metric="score",
         mode="max",
-        points_to_evaluate=[trial.setting for trial in suggested] or None,
-        evaluated_rewards=[trial.score for trial in suggested] or None,
+        points_to_evaluate=[trial.setting for trial in ended] or None,
+        evaluated_rewards=[trial.score for trial in ended] or None,
         seed=study.seed + len(suggested),  # or the first draws would come again
     )

@@ -57,7 +57,7 @@ def choose_network(studied: Studied, storage: Storage, root: Path) -> Findings:
     ended = [trial for trial in studied.usable if not trial.stopped]
     chosen, worst = ended[0], ended[-1]
     # A training keeps its checkpoints in a local folder.
-    out = f"{study.out}/fusion" if isinstance(storage, LocalStorage) else "runs/fusion"
+    out = f"{storage.root}/fusion" if isinstance(storage, LocalStorage) else "runs/fusion"
     config = replace(study.with_setting(chosen.setting), out=out)
     (root / YAML).write_text(to_yaml(config), encoding="utf-8")
     shown = {BASELINE: baseline} | ({} if chosen is baseline else {CHOSEN: chosen})
@@ -75,7 +75,7 @@ def choose_network(studied: Studied, storage: Storage, root: Path) -> Findings:
         stores,
     )
     notes = [
-        f"Chosen by {study.metric} among {len(studied.trials)} trials: {spoken(chosen)}, "
+        f"Chosen by {study.metric} among {len(ended)} trials: {spoken(chosen)}, "
         f"{chosen.score:.2f} % where it was chosen; the baseline ({spoken(baseline)}) has "
         f"{baseline.score:.2f} %."
     ]
@@ -93,7 +93,9 @@ def choose_static(studied: Studied, storage: Storage, root: Path) -> Findings:
     """The best static fusion, and what choosing is worth: for the queries of each fold by the
     others. Writes `chosen.yaml`.
     """
-    study, trials, baseline = studied.study, studied.usable, studied.baseline
+    study, baseline = studied.study, studied.baseline
+    # Not the best first: of equal ones the first is taken, which must not depend on all labels.
+    trials = [trial for trial in studied.trials if not trial.failure]
     stores = open_stores(study.base)
     labelled = [query for store in stores for query in store.queries if query.targets]
     fold_of_Q = grouped_folds(labelled, study.base.folds, study.base.seed)
@@ -113,10 +115,11 @@ def choose_static(studied: Studied, storage: Storage, root: Path) -> Findings:
     bootstrap = Bootstrap([query.fold_group for query in labelled], study.seed)
     points = 100 * stratified_mean(difference_Q, strata_Q)
     interval = bootstrap.interval(difference_Q, strata_Q)
-    (root / YAML).write_text(to_yaml(static_setting(trials[0].setting)), encoding="utf-8")
+    top = studied.usable[0]
+    (root / YAML).write_text(to_yaml(static_setting(top.setting)), encoding="utf-8")
     notes = [
-        f"Best of {len(studied.trials)} settings over all queries: {spoken(trials[0])}, "
-        f"{study.metric} {trials[0].score:.2f} %; the baseline ({spoken(baseline)}) has "
+        f"Best of {len(trials)} settings over all queries: {spoken(top)}, "
+        f"{study.metric} {top.score:.2f} %; the baseline ({spoken(baseline)}) has "
         f"{baseline.score:.2f} %.",
         f"Chosen for each fold by the others: {100 * stratified_mean(chosen_Q, strata_Q):.2f} %, "
         f"{_verdict(points, interval, study.metric)} "

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from dafm_ray.errors import DataError
-from dafm_ray.fusion.study import GROW, orders, shapley
+from dafm_ray.fusion.study import GROW, drawn_orders, orders, shapley
+from dafm_ray.fusion.trial import Chance
 from dafm_ray.fusion.tune import Studied
 from dafm_ray.report.figures import Figure, Order, bar_figure, line_figure
 from dafm_ray.report.findings import Findings, Section, write_csv
@@ -28,12 +29,14 @@ class Lattice:
         metrics: subset -> metric -> percent; 2^M - 1 of them.
         metric: the study's.
         grown: order -> the metric after each model that was added to a fusion.
+        chance: the metric of no model.
     """
 
     models: tuple[str, ...]
     metrics: dict[frozenset[str], Mapping[str, float]]
     metric: str
     grown: dict[Order, list[float]]
+    chance: float
 
     @staticmethod
     def of(studied: Studied) -> "Lattice":
@@ -54,7 +57,8 @@ class Lattice:
         models = tuple(sorted(set().union(*metrics)))
         if len(metrics) < 2 ** len(models) - 1:
             raise DataError(f"{studied.study.out}: some subsets came to nothing; see trials.csv")
-        return Lattice(models, metrics, studied.study.metric, grown)
+        metric = studied.study.metric
+        return Lattice(models, metrics, metric, grown, studied.alone[Chance.name][metric])
 
     @property
     def value(self) -> dict[frozenset[str], float]:
@@ -69,12 +73,12 @@ class Lattice:
     @property
     def shares(self) -> dict[str, float]:
         """Shapley value of each model, the largest first."""
-        found = shapley(self.models, self.value)
+        found = shapley(self.models, self.value, self.chance)
         return dict(sorted(found.items(), key=lambda share: -share[1]))
 
     def added_last(self, model: str) -> float:
         """What is gained with a model when all others are there."""
-        return self.whole - self.value.get(frozenset(self.models) - {model}, 0.0)
+        return self.whole - self.value.get(frozenset(self.models) - {model}, self.chance)
 
     @property
     def paths(self) -> dict[Order, list[float]]:
@@ -135,9 +139,9 @@ def _models(studied: Studied, lattice: Lattice, where: str, file: Path) -> Secti
     header = ("model", "its own ranking", "fusion of it alone", "Shapley value", "added last")
     write_csv(file, header, rows)
     text = (
-        f"{lattice.metric} on {where} (its own ranking: on the queries learned from). The Shapley "
-        "value is what a model adds, averaged over all orders; the values add up to that of all "
-        "models."
+        f"{lattice.metric} on {where}. The Shapley value is what a model adds, averaged over all "
+        f"orders; the values add up to all models ({lattice.whole:.2f}) less chance "
+        f"({lattice.chance:.2f})."
     )
     return Section("What each model adds", text, header, tuple(rows))
 
@@ -171,13 +175,13 @@ def _write_orders(lattice: Lattice, file: Path) -> None:
 
 def _figure(studied: Studied, lattice: Lattice, where: str) -> Figure:
     paths = lattice.paths
-    named = {order: path for order, path in paths.items() if order[0] == studied.first}
+    from_first = [order for order in paths if order[0] == studied.first]
+    named = {o: paths[o] for o in lattice.grown or drawn_orders(studied.study, from_first)}
     svg = line_figure(named, paths, lattice.grown, lattice.metric, PUBLISHED)
     caption = (
-        f"{lattice.metric} on {where} against the number of fused models. Left: the orders that "
-        f"start at {studied.first}, trained at once (lines) and grown model by model (dashed). "
-        "Middle: all orders. Right: points that DAFM publishes, of other models on its own data, "
-        "not comparable with ours."
+        f"{lattice.metric} on {where} against the number of fused models. Left: some orders, "
+        "trained at once (lines) and grown model by model (dashed). Middle: all orders. Right: "
+        "points that DAFM publishes, of other models on its own data, not comparable with ours."
     )
     return Figure(svg, caption)
 

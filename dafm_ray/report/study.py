@@ -114,9 +114,8 @@ def _trial_table(studied: Studied) -> tuple[list[str], list[list[str]]]:
     names = next((list(trial.metrics) for trial in studied.usable if trial.metrics), [metric])
     others = [name for name in names if name != metric]
     header = ["trial", *studied.keys, metric, "95 %", *others, "seconds", "remark"]
-    failed = [trial for trial in studied.trials if trial.failure]
     rows = []
-    for trial in (*studied.usable, *failed):
+    for trial in studied.ordered:
         known = trial.metrics or {}
         low, high = trial.ci95
         rows.append(
@@ -141,7 +140,7 @@ def _remark(studied: Studied, trial: Trial) -> str:
 
 
 def _parquet(studied: Studied) -> pa.Table:
-    trials = studied.trials
+    trials = studied.ordered
     names = list(dict.fromkeys(name for trial in trials for name in trial.metrics or {}))
     columns: dict[str, list[Any]] = {
         "trial": [trial.name for trial in trials],

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from dafm_ray.config import Precision
-from dafm_ray.datasets.base import Dataset, Query, title_of
+from dafm_ray.datasets.base import Dataset, Query, digest, title_of
 from dafm_ray.errors import ConfigError, DataError, MachineError
 from dafm_ray.tiles import blocks
 from dafm_ray.tiles.blocks import Array
@@ -283,6 +283,13 @@ class TileStore:
         for path in self._record_paths():
             found.setdefault(*_parse_record(path))
         return found
+
+    @property
+    def scores_digest(self) -> str:
+        """Of the queries, the gallery and every finished tile of the models."""
+        done = self._records
+        tiles = [f"{k} {done[k]}" for m in self.models for k in self.score_keys(m) if k in done]
+        return digest([self.manifest.queries_digest, self.manifest.gallery_digest, *tiles])
 
     def _record_paths(self) -> list[str]:
         return [path for path in self.storage.list("records") if _RECORD.fullmatch(path)]

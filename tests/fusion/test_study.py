@@ -54,7 +54,7 @@ def test_the_lattice_and_the_orders():
     found = settings_of(study(kind="orders"), MODELS, "c")
     assert sum("models" in setting for setting in found) == 15
     assert [setting[GROW][0] for setting in found if GROW in setting] == ["c"] * 6
-    every = settings_of(study(kind="orders", grown="all"), MODELS, "c")
+    every = settings_of(study(kind="orders", grown="all", most_orders=24), MODELS, "c")
     assert sum(GROW in setting for setting in every) == 24
     none = settings_of(study(kind="orders", grown="none"), MODELS, "c")
     assert len(none) == 15
@@ -64,8 +64,8 @@ def test_the_lattice_and_the_orders():
 def test_shapley_values_are_the_mean_gain_over_all_orders(values):
     models = MODELS[:3]
     value = dict(zip(map(frozenset, subsets(models)), values, strict=True))
-    found = shapley(models, value)
-    worth = {frozenset(): 0.0, **value}
+    found = shapley(models, value, 5.0)
+    worth = {frozenset(): 5.0, **value}
     for model in models:
         gains = [
             worth[frozenset(order[: order.index(model) + 1])]
@@ -73,7 +73,7 @@ def test_shapley_values_are_the_mean_gain_over_all_orders(values):
             for order in itertools.permutations(models)
         ]
         assert math.isclose(found[model], np.mean(gains), abs_tol=1e-9)
-    assert math.isclose(sum(found.values()), value[frozenset(models)], abs_tol=1e-9)
+    assert math.isclose(sum(found.values()), value[frozenset(models)] - 5.0, abs_tol=1e-9)
 
 
 def test_a_star_stands_for_every_model():
@@ -108,9 +108,31 @@ def test_static_settings_have_sections():
         ({"kind": "orders", "spaces": ({"seeds": (1,)},)}, "has no space"),
         ({"spaces": ({"seeds": (1,)},), "report_folds": 4}, "leave two"),
         ({"spaces": ({"seeds": (1,)},) * 2, "search": "optuna"}, "takes one space"),
-        ({"spaces": ({"sed": (1,)},), "search": "optuna"}, "did you mean 'seed'"),
+        ({"spaces": ({"sees": (1,)},), "search": "optuna"}, "did you mean 'seeds'"),
+        ({"spaces": ({"store": ("t",)},)}, "the same for every trial"),
+        ({"spaces": ({"seed": (1,)},)}, "the same for every trial"),
+        ({"kind": "static", "spaces": ({"system": ("rff",)},)}, "did you mean 'rrf'"),
+        (
+            {
+                "kind": "static",
+                "spaces": ({"k": (1,)},),
+                "fusion": {"store": "s", "validation": "t"},
+            },
+            "takes no validation",
+        ),
     ],
 )
 def test_wrong_studies_end_in_one_message(change, message):
     with pytest.raises(ConfigError, match=message):
         settings_of(study(**change), MODELS, "a")
+
+
+def test_of_many_orders_some_are_drawn_and_too_many_models_are_refused():
+    models = tuple("abcdef")
+    found = settings_of(study(kind="orders"), models, "a")
+    grown = [tuple(setting[GROW]) for setting in found if GROW in setting]
+    assert len(grown) == 6
+    assert len(set(grown)) == 6
+    assert settings_of(study(kind="orders", seed=1), models, "a") != found
+    with pytest.raises(ConfigError, match="too many"):
+        settings_of(study(kind="orders"), tuple("abcdefghi"), "a")
