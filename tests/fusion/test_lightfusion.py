@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dafm_ray.errors import ConfigError
-from dafm_ray.fusion.lightfusion import LightFusion, Shape, query_statistics
+from dafm_ray.fusion.lightfusion import (
+    LightFusion,
+    Shape,
+    _Filtered,
+    _filtered,
+    grown,
+    query_statistics,
+)
 
 MODELS = ("a", "b", "c", "d")
 
@@ -144,3 +151,28 @@ def test_it_learns_what_no_weights_can():
     hits = (network(scores).argmax(1) == target).float().mean()
     assert (scores.sum(-1).argmax(1) == target).float().mean() < 0.7
     assert hits > 0.85
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_the_quick_backward_pass_of_a_filter_is_torchs(kernel):
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    inputs = drawn(2, 9, 3).detach()
+    weights = [drawn(4, 3), drawn(4), drawn(4, kernel), drawn(4)]
+    assert torch.autograd.gradcheck(_Filtered.apply, (inputs, *weights))
+    assert torch.equal(_Filtered.apply(inputs, *weights), _filtered(inputs, *weights)[0])
+
+
+def test_a_grown_network_fuses_as_the_smaller_one_does():
+    small = LightFusion(Shape(("b", "d"), ("hub:b", "hub:d"), 6), [0.6, 0.4, -0.2, -0.1])
+    with torch.no_grad():
+        small.project.normal_()
+    models = ("a", "b", "d")
+    shape = Shape(models, tuple(f"hub:{name}" for name in models), 6)
+    large = grown(small, shape)
+    inputs = torch.randn(3, 20, len(shape.channels))
+    places = [shape.channels.index(name) for name in small.shape.channels]
+    torch.testing.assert_close(large(inputs), small(inputs[..., places]), atol=1e-6, rtol=1e-5)
