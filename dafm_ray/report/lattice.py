@@ -107,17 +107,23 @@ def find_in_orders(studied: Studied, root: Path) -> Findings:
 
 def _notes(studied: Studied, lattice: Lattice, where: str) -> list[str]:
     first, paths = studied.first, lattice.paths
-    falls = [order for order, path in paths.items() if (np.diff(path) < 0).any()]
-    example = f", as {' > '.join(falls[0])}" if falls else ""
+    steps = {order: float(np.diff(path).min(initial=np.inf)) for order, path in paths.items()}
+    falls = sum(step < 0 for step in steps.values())
+    deepest = min(steps, key=lambda order: steps[order])
+    most = f", by {-steps[deepest]:.2f} points at most ({' > '.join(deepest)})" if falls else ""
     notes = [
         f"{lattice.metric} on {where}: all {len(lattice.models)} models {lattice.whole:.2f} %.",
-        f"Of {len(paths)} orders through {len(lattice.metrics)} trained subsets, "
-        f"{len(paths) - len(falls)} rise with every model and {len(falls)} fall at some "
-        f"step{example}.",
     ]
-    from_first = [path for order, path in paths.items() if order[0] == first]
-    smallest = min(float(np.diff(path).min(initial=np.inf)) for path in from_first)
-    notes.append(f"Orders that start at {first}: the smallest step is {smallest:+.2f} points.")
+    if len(lattice.models) < 2:
+        return notes
+    notes.append(
+        f"Of {len(paths)} orders through {len(lattice.metrics)} trained subsets, "
+        f"{len(paths) - falls} rise with every model and {falls} fall at some step{most}."
+    )
+    from_first = [step for order, step in steps.items() if order[0] == first]
+    notes.append(
+        f"Orders that start at {first}: the smallest step is {min(from_first):+.2f} points."
+    )
     if lattice.grown:
         ends = [path[-1] for path in lattice.grown.values()]
         notes.append(
