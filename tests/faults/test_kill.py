@@ -70,7 +70,8 @@ def unbroken(config, local_ray):
     return precompute(load_config(PrecomputeConfig, config, [f"store={store}"])).store
 
 
-@pytest.mark.parametrize("part", ["features", pytest.param("scores", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["features", "scores"])
 def test_finished_blocks_are_kept_and_the_store_equals_an_unbroken_one(
     tmp_path, config, unbroken, part
 ):

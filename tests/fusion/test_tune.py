@@ -46,6 +46,7 @@ def study_of(root, store, **change):
         "fusion": {"store": store.uri, **FUSED},
         "out": str(root / "study"),
         "spaces": ({"recipe.learning_rate": (0.03, 0.003), "network.gate": (False, True)},),
+        "cpus": 4.0,  # all of them: the workers' start takes longer than these trials
     }
     return StudyConfig(**{**given, **change})
 
@@ -126,7 +127,7 @@ def test_settings_that_are_behind_are_given_up_and_not_tried_again(tmp_path, sto
     rates = (1e-3, 2e-3, 3e-3, 5.0, 6.0, 7.0)
     fusion = {"store": store.uri, **FUSED, "recipe": {"epochs": 4, "batch": 32}}
     spaces = ({"recipe.learning_rate": rates, "recipe.epochs": (6,)},)
-    study = study_of(tmp_path, store, fusion=fusion, spaces=spaces, stop_early=True, cpus=4.0)
+    study = study_of(tmp_path, store, fusion=fusion, spaces=spaces, stop_early=True)
     study = replace(study, baseline={"recipe.learning_rate": 8.0})
     first = run_study(study)
     assert len(first.trials) == 7
@@ -142,7 +143,7 @@ def test_settings_that_are_behind_are_given_up_and_not_tried_again(tmp_path, sto
 def test_a_killed_study_goes_on_and_ends_as_an_unbroken_one(tmp_path, store):
     rates = tuple(0.001 * n for n in range(1, 9))
     spaces = ({"recipe.learning_rate": rates},)
-    study = study_of(tmp_path / "killed", store, spaces=spaces)
+    study = study_of(tmp_path / "killed", store, spaces=spaces, cpus=1.0)
     storage = open_storage(str(tmp_path / "bare"))
     unbroken = [run_trial(study, setting, storage) for setting in settings_of(study, MODELS, "a")]
     file = tmp_path / "study.yaml"
@@ -172,6 +173,7 @@ def test_a_killed_study_goes_on_and_ends_as_an_unbroken_one(tmp_path, store):
     assert ended.usable[0].name == max(unbroken, key=lambda trial: trial.score).name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_study_on_s3_is_the_study_on_disk(tmp_path, store, bucket):
     local = study_of(tmp_path, store, kind="static", spaces=({"system": ("rrf",), "k": (5, 60)},))

@@ -123,7 +123,7 @@ def encoding(store: TileStore) -> tuple[int, str]:
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.timeout(150)
-def test_batch_and_precision_are_fixed_at_the_first_run(config, tmp_path, monkeypatch, capsys):
+def test_batch_and_precision_are_fixed_at_the_first_run(config, tmp_path, capsys):
     store = precompute(config).store
     assert encoding(store) == (min(UNMEASURED_BATCH, 5), "fp32")
     asked = replace(POOL, num_gpus="auto", batch=2, precision="bf16")
@@ -137,9 +137,13 @@ def test_batch_and_precision_are_fixed_at_the_first_run(config, tmp_path, monkey
     precompute(replace(config, models=(asked,)))
     assert encoding(store) == (5, "fp32")
     assert lost in store.storage.list("records")  # the digest in its name is as before
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_batch_is_measured_where_it_is_worth_it(config, monkeypatch):
     monkeypatch.setattr(preflight, "WORTH_IT", 0)
-    measured = precompute(replace(config, store=str(tmp_path / "measured"))).store
-    batch, precision = encoding(measured)
+    batch, precision = encoding(precompute(config).store)
     assert batch in growing(5)
     assert precision == "fp32"
 
