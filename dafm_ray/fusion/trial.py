@@ -97,6 +97,15 @@ def recorded(storage: Storage) -> dict[str, Trial]:
     return found
 
 
+def is_recorded(storage: Storage, name: str) -> bool:
+    """Whether one trial was brought to its end."""
+    try:
+        storage.read(f"{TRIALS}/{name}/{RECORD}")
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def run_trial(
     study: StudyConfig, setting: Setting, storage: Storage, report: Report = lambda score: None
 ) -> Trial:

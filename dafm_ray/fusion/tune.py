@@ -20,6 +20,7 @@ from dafm_ray.fusion.train import open_stores
 from dafm_ray.fusion.trial import (
     Chance,
     Trial,
+    is_recorded,
     percents,
     recorded,
     reporting,
@@ -236,7 +237,7 @@ def _followed(study: StudyConfig, shown: Progress) -> Any:
         ) -> None:
             storage = open_storage(study.out)
             name = _trial_name(trial)
-            if name not in recorded(storage):
+            if not is_recorded(storage, name):
                 last = trial.last_result
                 score, seconds = float(last["score"]), round(float(last["time_total_s"]), 3)
                 setting = _setting(trial.config)

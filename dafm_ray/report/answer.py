@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from dafm_ray.fusion.search import Found
 from dafm_ray.report.cases import data_uri, thumbnails
+from dafm_ray.report.templates import rendered
 from dafm_ray.tiles.store import TileStore
 
 
@@ -28,10 +28,8 @@ def answer_page(
         found: the answer.
         notes: what a reader has to know.
     """
-    environment = Environment(
-        loader=PackageLoader("dafm_ray", "report"), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("answer.html.j2").render(
+    return rendered(
+        "answer.html.j2",
         title=store.manifest.title,
         size=store.size("gallery"),
         system=system,

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from dafm_ray.evaluation.protocols import HEADLINE
 from dafm_ray.report.cases import Case
 from dafm_ray.report.figures import Figure
 from dafm_ray.report.tables import Table
+from dafm_ray.report.templates import rendered
 from dafm_ray.tiles.manifest import Manifest, joint_title
 from dafm_ray.tiles.store import Failure
 
@@ -34,14 +33,8 @@ def render(
         notes: sentences for the summary.
         figures: drawings of how fusions were trained.
     """
-    environment = Environment(
-        loader=PackageLoader("dafm_ray", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2").render(
+    return rendered(
+        "page.html.j2",
         table=table,
         manifests=manifests,
         title=joint_title(manifests),

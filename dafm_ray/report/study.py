@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dafm_ray.config import StudyConfig, to_yaml
 from dafm_ray.errors import DataError, refusals
@@ -19,6 +18,7 @@ from dafm_ray.markdown import markdown_table
 from dafm_ray.report.choice import BASELINE, choose_network, choose_static, written
 from dafm_ray.report.findings import Findings, Section, write_csv
 from dafm_ray.report.lattice import find_in_orders
+from dafm_ray.report.templates import rendered
 from dafm_ray.tiles.manifest import joint_title
 from dafm_ray.tiles.storage import LocalStorage, Storage, open_storage
 
@@ -68,14 +68,8 @@ def _written(studied: Studied, storage: Storage, root: Path) -> StudyReport:
     pq.write_table(_parquet(studied), root / "trials.parquet")
     write_csv(root / "trials.csv", header, rows)
     trials = Section("Trials", _where(studied), tuple(header), tuple(map(tuple, rows)))
-    environment = Environment(
-        loader=PackageLoader("dafm_ray", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("study.html.j2").render(
+    page = rendered(
+        "study.html.j2",
         title=joint_title([store.manifest for store in open_stores(studied.study.base)]),
         notes=notes,
         sections=[*findings.sections, trials],
