@@ -178,10 +178,15 @@ def reporting(study: StudyConfig, config: FusionConfig) -> list[TileStore]:
 
 
 def summary_of(systems: Sequence[Fusion], stores: Sequence[TileStore]) -> Summary:
-    """The numbers of one system over the labelled queries of all stores.
+    """The numbers of one system, given for each store; see `summaries_of`."""
+    return summaries_of([[system] for system in systems], stores)[0]
+
+
+def summaries_of(made: Sequence[Sequence[Fusion]], stores: Sequence[TileStore]) -> list[Summary]:
+    """The numbers of several systems over the labelled queries of all stores, in one pass.
 
     Args:
-        systems: it, for each store.
+        made: them, for each store.
         stores: complete tiles.
 
     Raises:
@@ -194,11 +199,12 @@ def summary_of(systems: Sequence[Fusion], stores: Sequence[TileStore]) -> Summar
         raise DataError(f"{stores[0].uri}: no query has a target, so there is nothing to count")
     with progress("evaluate", len(queries), unit="query") as shown:
         parts = [
-            rank_systems(store, [system], rules, shown)[0]
-            for store, system in zip(stores, systems, strict=True)
+            rank_systems(store, systems, rules, shown)
+            for store, systems in zip(stores, made, strict=True)
         ]
-    ranks = SystemRanks.concatenate(parts).select(labelled)
-    return Summary(ranks, rules, [queries[q].category for q in labelled])
+    categories = [queries[q].category for q in labelled]
+    ranked = [SystemRanks.concatenate(same).select(labelled) for same in zip(*parts, strict=True)]
+    return [Summary(ranks, rules, categories) for ranks in ranked]
 
 
 @dataclass(frozen=True)

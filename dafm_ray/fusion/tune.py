@@ -25,7 +25,7 @@ from dafm_ray.fusion.trial import (
     recorded,
     reporting,
     run_trial,
-    summary_of,
+    summaries_of,
 )
 from dafm_ray.progress import Progress, progress
 from dafm_ray.runs import CONFIG, refuse_other
@@ -94,10 +94,9 @@ def run_study(study: StudyConfig) -> Studied:
     """
     stores = open_stores(study.base)
     shown = reporting(study, study.base) if study.base.validation_stores else stores
-    alone = {
-        system.name: percents(summary_of([system] * len(shown), shown))
-        for system in (*singles(shown[0]), Chance())
-    }
+    systems = [*singles(shown[0]), Chance()]
+    found = summaries_of([systems] * len(shown), shown)
+    alone = {summary.system.name: percents(summary) for summary in found}
     known = alone[Chance.name]
     if study.metric not in known:
         raise ConfigError(f"metric: {unknown('metric', study.metric, known)}")

@@ -22,6 +22,7 @@ from dafm_ray.fusion.trial import (
     Trial,
     reporting,
     static_system,
+    summaries_of,
     summary_of,
     values_of,
 )
@@ -177,11 +178,9 @@ def _fetch(storage: Storage, trial: Trial, to: Path) -> None:
 def _compared(studied: Studied, root: Path, stores: Sequence[TileStore]) -> str:
     """The chosen fusion against the baseline, query by query, in the study's metric."""
     study = studied.study
-    summaries = []
-    for name in (BASELINE, CHOSEN):
-        artefact = load_artefact(root / name)
-        summaries.append(summary_of([artefact.on(store).learned for store in stores], stores))
-    baseline, chosen = summaries
+    artefacts = [load_artefact(root / name) for name in (BASELINE, CHOSEN)]
+    made = [[artefact.on(store).learned for artefact in artefacts] for store in stores]
+    baseline, chosen = summaries_of(made, stores)
     labelled = [query for store in stores for query in store.queries if query.targets]
     bootstrap = Bootstrap([query.fold_group for query in labelled], study.seed)
     difference_Q = chosen.values[study.metric] - baseline.values[study.metric]
