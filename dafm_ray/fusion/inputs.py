@@ -140,14 +140,18 @@ class Inputs:
         shape_BN = absent_BN.shape
         scores_BNM = np.zeros((*shape_BN, len(self.channels.models)), np.float32)
         present_BM = np.zeros((len(rows_B), len(self.channels.models)), dtype=bool)
+        gaps_BNM = None
         for m, name in enumerate(self.channels.models):
-            if name in self.store.models:
-                own_BN = normalised_MBN[self.store.models.index(name)]
-                scores_BNM[..., m] = own_BN
-                present_BM[:, m] = ~np.isnan(own_BN).all(axis=1)
-        missing_BNM = np.asarray(np.isnan(scores_BNM))
-        scores_BNM[missing_BNM] = 0
-        gaps_BNM = missing_BNM & ~unseen_BN[..., None] & present_BM[:, None]
+            if name not in self.store.models:
+                continue
+            own_BN = normalised_MBN[self.store.models.index(name)]
+            missing_BN = np.isnan(own_BN)
+            scores_BNM[..., m] = np.where(missing_BN, 0, own_BN)
+            present_BM[:, m] = ~missing_BN.all(axis=1)
+            gaps_BN = (missing_BN > unseen_BN) & present_BM[:, m, None]
+            if gaps_BN.any():
+                gaps_BNM = np.zeros(scores_BNM.shape, dtype=bool) if gaps_BNM is None else gaps_BNM
+                gaps_BNM[..., m] = gaps_BN
         if similarities_RBN is None and self.channels.references:
             similarities_RBN = References(self.store, self.channels.references)(rows_B)
         similarities_BNR = torch.zeros(*shape_BN, 0)
@@ -161,7 +165,7 @@ class Inputs:
             torch.from_numpy(scores_BNM),
             similarities_BNR,
             torch.from_numpy(present_BM),
-            torch.from_numpy(gaps_BNM) if gaps_BNM.any() else None,
+            None if gaps_BNM is None else torch.from_numpy(gaps_BNM),
             torch.from_numpy(unseen_BN),
             torch.from_numpy(absent_BN),
         )

@@ -27,6 +27,9 @@ from dafm_ray.errors import ConfigError
 STATISTICS = 4
 """Of a query's scores under one model, seen by the gate; see `query_statistics`."""
 
+PIECE = 4096
+"""Candidates of a query that are fused at a time."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -113,15 +116,22 @@ class LightFusion(nn.Module):
             gated_BNM = scores_BNM * self.gate(scores_BNM)[:, None]
             inputs_BNK = torch.cat([gated_BNM, inputs_BNK[..., models:]], dim=-1)
         if self.filter is None:
-            hidden_BNC = nn.functional.linear(inputs_BNK, self.expand, self.bias).relu_()
-            # Projection and head in one.
-            fused_BN = inputs_BNK @ self.head + hidden_BNC @ (self.head @ self.project)
+            out_C = self.head @ self.project
+            # The hidden layer of a piece is memory that the next one takes again.
+            whole = torch.is_grad_enabled() or inputs_BNK.is_cuda
+            pieces = [inputs_BNK] if whole else torch.split(inputs_BNK, PIECE, dim=1)
+            fused_BN = torch.cat([self._collapsed(piece, out_C) for piece in pieces], dim=1)
         else:
             order_BN = self._order(inputs_BNK, source_order_N)
             sorted_BNK = inputs_BNK.gather(1, order_BN[..., None].expand_as(inputs_BNK))
             sorted_BN = self._filtered(sorted_BNK, self.filter)
             fused_BN = torch.zeros_like(sorted_BN).scatter(1, order_BN, sorted_BN)
         return fused_BN if absent_BN is None else fused_BN.masked_fill(absent_BN, -torch.inf)
+
+    def _collapsed(self, inputs_BNK: Tensor, out_C: Tensor) -> Tensor:
+        """Block and head without a filter, projection and head in one."""
+        hidden_BNC = nn.functional.linear(inputs_BNK, self.expand, self.bias).relu_()
+        return inputs_BNK @ self.head + hidden_BNC @ out_C
 
     def _filtered(self, inputs_BNK: Tensor, filter_CK: Tensor) -> Tensor:
         """Block and head with the filter along the candidates as they stand."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from dafm_ray.errors import ConfigError
 from dafm_ray.fusion.lightfusion import (
+    PIECE,
     LightFusion,
     Shape,
     _Filtered,
@@ -114,6 +115,13 @@ def test_absent_candidates_change_nothing_else():
     assert torch.isneginf(found[:, 7]).all()
     kept = ~absent[0]
     assert torch.allclose(found[:, kept], network(scores)[:, kept], atol=1e-6)
+
+
+def test_ranking_piece_by_piece_equals_the_forward_pass_of_training():
+    network, scores = trained(Shape(MODELS)), inputs(queries=2, candidates=2 * PIECE + 3)
+    with torch.inference_mode():
+        pieces = network(scores)
+    assert torch.allclose(pieces, network(scores), atol=1e-6)
 
 
 def test_a_file_order_must_be_given():
