@@ -82,6 +82,17 @@ def _parser() -> argparse.ArgumentParser:
         help="other queries on which to search convex weights",
     )
     _add_bank_argument(evaluate)
+    evaluate.add_argument(
+        "--against", default="", metavar="RUN", help="an earlier evaluation of the same queries"
+    )
+    evaluate.add_argument(
+        "--study",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="DIR",
+        help="finished studies of orders, whose figure is shown",
+    )
     evaluate.add_argument("--cases", type=int, default=12, help="queries shown with pictures")
 
     fuse = _group(commands, "fuse", "learned fusions")
@@ -247,6 +258,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             fusions=tuple(arguments.fusion or STATIC_FUSIONS),
             tune_on=tuple(arguments.tune_on),
             bank=arguments.bank,
+            against=arguments.against,
+            studies=tuple(arguments.study),
             cases=arguments.cases,
         )
     )

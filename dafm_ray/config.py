@@ -158,8 +158,11 @@ class EvaluateConfig:
         bank: store of other queries over the same gallery, of which query banks are made; by
             default the queries themselves, each without its fold.
         bank_t: of the banks of static fusions, see `fusion/bank.py`.
+        against: folder of an earlier evaluation of the same queries, or its `metrics.json`; what
+            both ranked is compared.
+        studies: folders of finished studies of orders, whose figure is shown.
         cases: queries shown with pictures.
-        seed: of the bootstrap and of the sample of cases.
+        seed: of the resampling and of the sample of cases.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
@@ -170,6 +173,8 @@ class EvaluateConfig:
     tune_on: str | tuple[str, ...] = ()
     bank: str = ""
     bank_t: float = BANK_T
+    against: str = ""
+    studies: tuple[str, ...] = ()
     cases: int = 12
     seed: int = 0
 

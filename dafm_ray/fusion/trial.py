@@ -18,7 +18,7 @@ from dafm_ray.config import FOLDS, FusionConfig, StudyConfig, parse_config
 from dafm_ray.errors import ConfigError, DafmError, DataError
 from dafm_ray.evaluation.metrics import Floats, Ints, Scores
 from dafm_ray.evaluation.protocols import protocol
-from dafm_ray.evaluation.significance import Bootstrap
+from dafm_ray.evaluation.significance import Resampling
 from dafm_ray.evaluation.summary import Summary, SystemRanks
 from dafm_ray.fusion.artefact import Static
 from dafm_ray.fusion.bank import Banked, banked_convex, own_bank
@@ -230,11 +230,12 @@ def _measured(
     study: StudyConfig, trial: Trial, stores: Sequence[TileStore], summary: Summary
 ) -> Trial:
     labelled = [q for store in stores for q in store.queries if q.targets]
-    bootstrap = Bootstrap([query.fold_group for query in labelled], study.seed)
+    groups = [query.fold_group for query in labelled]
+    resampling = Resampling(groups, summary.strata, study.seed)
     return replace(
         trial,
         score=round(summary.percent(study.metric), 6),
-        ci95=bootstrap.interval(summary.values[study.metric], summary.strata),
+        ci95=resampling.interval(summary.values[study.metric]),
         metrics=percents(summary),
     )
 

@@ -2,24 +2,28 @@
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from dafm_ray.config import DatasetConfig
+from dafm_ray.config import DatasetConfig, EvaluateConfig
 from dafm_ray.datasets.base import Query
 from dafm_ray.datasets.images import ImageError
 from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import DafmError
+from dafm_ray.evaluation.metrics import Ints
 from dafm_ray.fusion.base import Fusion
-from dafm_ray.fusion.rank import masked_scores, top_candidates
+from dafm_ray.fusion.rank import scores_of, top_candidates
 from dafm_ray.tiles.store import TileStore
 from dafm_ray.tiles.unpack import unpacked
 
 SHOWN = 5
 THUMBNAIL = 96
+
+Ranks = Mapping[str, Sequence[int | None]]
+"""System -> rank of the best target of every query, None if it is unranked."""
 
 
 @dataclass(frozen=True)
@@ -47,43 +51,114 @@ class Case:
     rankings: tuple[Ranking, ...]
 
 
-def sample_cases(
+@dataclass(frozen=True)
+class CaseStudies:
+    """Cases of an evaluation.
+
+    Attributes:
+        groups: title -> its cases; none is empty.
+        pictures: gallery id -> data URI.
+    """
+
+    groups: dict[str, list[Case]]
+    pictures: dict[str, str]
+
+
+def case_studies(
+    stores: Sequence[TileStore],
+    systems: Sequence[Sequence[Fusion]],
+    ranks: Sequence[Ranks],
+    judged: tuple[str, str],
+    config: EvaluateConfig,
+) -> CaseStudies:
+    """Choose queries of all stores, and show what every system puts first.
+
+    Args:
+        stores: of the queries.
+        systems: of each store.
+        ranks: of each store.
+        judged: the fusion that is looked at, and the single system it is compared with.
+        config: how many, and the seed.
+    """
+    places = [(s, q) for s, store in enumerate(stores) for q in range(store.size("queries"))]
+    labelled = np.flatnonzero([bool(stores[s].queries[q].targets) for s, q in places])
+    joint = {name: [rank for one in ranks for rank in one[name]] for name in ranks[0]}
+    chosen = select(joint, *judged, labelled, config.cases, config.seed)
+    wanted = {places[n] for queries in chosen.values() for n in queries}
+    found: dict[tuple[int, int], Case] = {}
+    pictures: dict[str, str] = {}
+    for s, store in enumerate(stores):
+        own = cases_of(store, systems[s], ranks[s], {q for at, q in wanted if at == s})
+        found |= {(s, q): case for q, case in own.items()}
+        pictures |= thumbnails(store, pictured(own.values()))
+    groups = {title: [found[places[n]] for n in queries] for title, queries in chosen.items()}
+    return CaseStudies({title: cases for title, cases in groups.items() if cases}, pictures)
+
+
+def select(
+    ranks: Ranks, fusion: str, single: str, labelled: Ints, count: int, seed: int
+) -> dict[str, list[int]]:
+    """Title -> queries that are worth a look: where a fusion gains most, where it loses most, and
+    a random sample, about as many of each and none twice.
+
+    A gain is the logarithm of rank before over rank after: from 20 to 10 counts as from 2 to 1.
+
+    Args:
+        ranks: of every query.
+        fusion: that is looked at.
+        single: it is compared with; the fusion itself leaves the sample alone.
+        labelled: queries that have targets.
+        count: of all cases.
+        seed: of the sample.
+    """
+    drawn = np.random.default_rng(seed).permutation(labelled).tolist()
+    if fusion == single:
+        return {"A random sample": drawn[:count]}
+    share = -(-count // 3)
+    after, before = (
+        np.log([ranks[name][q] or np.inf for q in labelled]) for name in (fusion, single)
+    )
+    both_unranked = np.isinf(after) & np.isinf(before)
+    gain = np.where(both_unranked, 0.0, before - np.where(both_unranked, 0.0, after))
+    order = np.argsort(-gain, kind="stable")
+    wins = [int(labelled[n]) for n in order if gain[n] > 0][:share]
+    losses = [int(labelled[n]) for n in order[::-1] if gain[n] < 0][:share]
+    sample = [q for q in drawn if q not in {*wins, *losses}][: max(0, count - 2 * share)]
+    return {
+        f"Where {fusion} gains most over {single}": wins,
+        f"Where {fusion} loses most to {single}": losses,
+        "A random sample": sample,
+    }
+
+
+def cases_of(
     store: TileStore,
     systems: Sequence[Fusion],
-    ranks: dict[str, list[int | None]],
-    count: int,
-    seed: int,
-) -> list[Case]:
-    """Cases for a random sample of queries that have targets.
+    ranks: Ranks,
+    queries: Collection[int],
+) -> dict[int, Case]:
+    """Query -> its case.
 
     Args:
         store: the tiles.
         systems: what ranks.
-        ranks: system -> rank of the best target of every query.
-        count: how many queries.
-        seed: of the sample.
+        ranks: of the store's queries.
+        queries: positions in the store.
     """
-    labelled = [q for q, query in enumerate(store.queries) if query.targets]
-    drawn = np.random.default_rng(seed).permutation(labelled)[:count].tolist()
-    chosen = set(drawn)
     found: dict[int, Case] = {}
-    for chunk in masked_scores(store):
-        rows = [q for q in chunk.rows if q in chosen]
-        if not rows:
-            continue
-        scores_MBN = chunk.scores_MBN[:, [q - chunk.rows.start for q in rows]]
-        tops = {
-            system.name: top_candidates(system(scores_MBN, np.array(rows)), SHOWN)
-            for system in systems
-        }
-        for b, q in enumerate(rows):
-            query = store.queries[q]
-            rankings = tuple(
-                Ranking(name, _shown(store, query, top[b].tolist()), ranks[name][q])
-                for name, top in tops.items()
-            )
-            found[q] = Case(query, rankings)
-    return [found[q] for q in drawn]
+    rows_B = np.array(sorted(queries), dtype=np.int64)
+    if not len(rows_B):
+        return found
+    scores_MBN = scores_of(store, rows_B)
+    tops = {system.name: top_candidates(system(scores_MBN, rows_B), SHOWN) for system in systems}
+    for b, q in enumerate(rows_B.tolist()):
+        query = store.queries[q]
+        rankings = tuple(
+            Ranking(name, _shown(store, query, top[b].tolist()), ranks[name][q])
+            for name, top in tops.items()
+        )
+        found[q] = Case(query, rankings)
+    return found
 
 
 def _shown(store: TileStore, query: Query, positions: list[int]) -> tuple[Shown, ...]:
@@ -91,7 +166,7 @@ def _shown(store: TileStore, query: Query, positions: list[int]) -> tuple[Shown,
     return tuple(Shown(id, id in query.targets) for id in ids)
 
 
-def pictured(cases: Sequence[Case]) -> set[str]:
+def pictured(cases: Iterable[Case]) -> set[str]:
     """Gallery ids of every picture the cases show."""
     return {
         id

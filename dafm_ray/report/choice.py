@@ -11,7 +11,7 @@ import numpy as np
 from dafm_ray.config import EvaluateConfig, to_yaml
 from dafm_ray.errors import DataError
 from dafm_ray.evaluation.metrics import stratified_mean
-from dafm_ray.evaluation.significance import Bootstrap
+from dafm_ray.evaluation.significance import Resampling
 from dafm_ray.fusion.artefact import TRACE, load_artefact
 from dafm_ray.fusion.folds import grouped_folds
 from dafm_ray.fusion.study import static_setting
@@ -28,7 +28,7 @@ from dafm_ray.fusion.trial import (
 )
 from dafm_ray.fusion.tune import Studied
 from dafm_ray.report.evaluate import evaluate
-from dafm_ray.report.figures import Figure, scatter_figure, temperature_svg
+from dafm_ray.report.figures import Figure, scatter_figure, temperature_figure
 from dafm_ray.report.findings import Findings
 from dafm_ray.tiles.storage import LocalStorage, Storage
 from dafm_ray.tiles.store import TileStore
@@ -113,9 +113,9 @@ def choose_static(studied: Studied, storage: Storage, root: Path) -> Findings:
         picked[trials[best].name] = trials[best]
         chosen_Q[~others] = values_TQ[best][~others]
     difference_Q = chosen_Q - values_of(study, baseline, storage)
-    bootstrap = Bootstrap([query.fold_group for query in labelled], study.seed)
+    groups = [query.fold_group for query in labelled]
     points = 100 * stratified_mean(difference_Q, strata_Q)
-    interval = bootstrap.interval(difference_Q, strata_Q)
+    interval = Resampling(groups, strata_Q, study.seed).interval(difference_Q)
     top = studied.usable[0]
     (root / YAML).write_text(to_yaml(static_setting(top.setting)), encoding="utf-8")
     notes = [
@@ -153,8 +153,7 @@ def searched_figures(studied: Studied) -> list[Figure]:
             continue
         wide = min(values) > 0 and max(values) > _WIDE * min(values)
         scores = [trial.score for trial in trials]
-        svg = scatter_figure(values, scores, key, metric, level, wide)
-        figures.append(Figure(svg, f"{metric} against {key}; the line is the baseline"))
+        figures.append(scatter_figure(values, scores, key, metric, level, wide))
     return figures
 
 
@@ -165,7 +164,7 @@ def _temperatures(storage: Storage, named: dict[str, Trial]) -> list[Figure]:
             trace = Path(folder) / f"{name}.csv"
             trace.write_bytes(storage.read(f"{TRIALS}/{trial.name}/{FUSION}/{TRACE}").to_pybytes())
             words = f"{name}: {spoken(trial)}, {trial.score:.2f} %: loss and temperature"
-            figures.append(Figure(temperature_svg(trace), words))
+            figures.append(temperature_figure(trace, f"temperature_{name}", words))
     return figures
 
 
@@ -182,10 +181,11 @@ def _compared(studied: Studied, root: Path, stores: Sequence[TileStore]) -> str:
     made = [[artefact.on(store).learned for artefact in artefacts] for store in stores]
     baseline, chosen = summaries_of(made, stores)
     labelled = [query for store in stores for query in store.queries if query.targets]
-    bootstrap = Bootstrap([query.fold_group for query in labelled], study.seed)
+    groups = [query.fold_group for query in labelled]
+    interval = Resampling(groups, chosen.strata, study.seed).interval
     difference_Q = chosen.values[study.metric] - baseline.values[study.metric]
     points = chosen.percent(study.metric) - baseline.percent(study.metric)
-    return _verdict(points, bootstrap.interval(difference_Q, chosen.strata), study.metric)
+    return _verdict(points, interval(difference_Q), study.metric)
 
 
 def _verdict(points: float, interval: tuple[float, float], metric: str) -> str:

@@ -1,61 +1,126 @@
-"""Figures of the report, as SVG that stands in the page."""
+"""Figures of the reports, as SVG in the page and as files for papers."""
 
+import base64
 import csv
+import html
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dafm_ray.errors import DataError
+from dafm_ray.evaluation.metrics import Ints
 from dafm_ray.fusion.artefact import TRACE, is_artefact
+
+FIGURES = "figures"
+"""Folder of the drawings beside a report."""
+
+
+ORDERS = "orders"
+"""Name of the figure of incremental fusion."""
+
+SHOWN_RANKS = 100
+"""Last K of the curves of recall."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing and what it shows."""
+    """A drawing and what it shows.
 
-    svg: str
+    Attributes:
+        name: of its files.
+        caption: in words, for those who cannot see it, too.
+        svg: the file.
+        png: the file.
+    """
+
+    name: str
     caption: str
+    svg: bytes
+    png: bytes = b""
+
+    @property
+    def uri(self) -> str:
+        """The drawing as a data URI, which can run nothing and loads nothing."""
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
+
+
+def write_figures(figures: Sequence[Figure], folder: Path) -> None:
+    """Write `NAME.svg` and `NAME.png` of each to `figures` in a folder."""
+    if figures:
+        (folder / FIGURES).mkdir(exist_ok=True)
+    for figure in figures:
+        (folder / FIGURES / f"{figure.name}.svg").write_bytes(figure.svg)
+        (folder / FIGURES / f"{figure.name}.png").write_bytes(figure.png)
+
+
+def read_figure(file: Path) -> Figure:
+    """A drawing that `write_figures` wrote; its caption is the SVG's title.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not file.is_file():
+        raise DataError(f"there is no figure {file}")
+    svg = file.read_bytes()
+    title = re.search(r"<dc:title>(.*?)</dc:title>", svg.decode(errors="replace"), re.DOTALL)
+    return Figure(file.stem, html.unescape(title[1]) if title else file.stem, svg)
 
 
 @dataclass
 class _Drawn:
+    name: str
+    caption: str
     drawing: Any
-    svg: str = ""
+    svg: bytes = b""
+    png: bytes = b""
+
+    @property
+    def figure(self) -> Figure:
+        """The finished figure."""
+        return Figure(self.name, self.caption, self.svg, self.png)
 
 
 @contextmanager
-def _drawing(width: float, height: float) -> Iterator[_Drawn]:
-    """A drawing in inches; its SVG stands at the end."""
+def _drawing(name: str, caption: str, width: float, height: float) -> Iterator[_Drawn]:
+    """A drawing in inches; its files stand at the end."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Drawing
 
     # A salt of its own, so that the same values give the same bytes.
     with rc_context({"svg.hashsalt": "dafm", "svg.fonttype": "none"}):
-        drawn = _Drawn(Drawing(figsize=(width, height), layout="constrained"))
+        drawn = _Drawn(name, caption, Drawing(figsize=(width, height), layout="constrained"))
         yield drawn
-        sink = io.StringIO()
-        drawn.drawing.savefig(sink, format="svg", metadata={"Date": None})
-    text = sink.getvalue()
-    drawn.svg = text[text.index("<svg") :]
+        svg, png = io.BytesIO(), io.BytesIO()
+        drawn.drawing.savefig(svg, format="svg", metadata={"Date": None, "Title": caption})
+        drawn.drawing.savefig(png, format="png", dpi=200)
+    drawn.svg, drawn.png = svg.getvalue(), png.getvalue()
 
 
 def temperature_figures(fusions: Sequence[str]) -> list[Figure]:
     """Loss and temperature, step by step, of every trained fusion among some names."""
     named = [Path(name) for name in fusions if is_artefact(name)]
     return [
-        Figure(temperature_svg(path / TRACE), f"{path.name}: loss and temperature of every network")
-        for path in named
+        temperature_figure(
+            path / TRACE,
+            f"temperature_{n}" if n else "temperature",
+            f"{path.name}: loss and temperature of every network",
+        )
+        for n, path in enumerate(named)
         if (path / TRACE).is_file()
     ]
 
 
-def temperature_svg(trace: Path) -> str:
+def temperature_figure(trace: Path, name: str, caption: str) -> Figure:
     """Draw a `temperature.csv`: a line a network, the loss above, tau below."""
     with trace.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    with _drawing(7, 4) as drawn:
+    with _drawing(name, caption, 7, 4) as drawn:
         above, below = drawn.drawing.subplots(2, 1, sharex=True)
         for network in dict.fromkeys(row["network"] for row in rows):
             own = [row for row in rows if row["network"] == network]
@@ -65,14 +130,38 @@ def temperature_svg(trace: Path) -> str:
         above.set_ylabel("loss")
         below.set_ylabel("temperature")
         below.set_xlabel("step")
-    return drawn.svg
+    return drawn.figure
+
+
+def recall_figure(ranks: Mapping[str, Ints], caption: str) -> Figure:
+    """Recall@K against K, a line a system.
+
+    Args:
+        ranks: system -> (Q,) rank of the best target of each query.
+        caption: of the figure.
+    """
+    cutoffs = np.arange(1, SHOWN_RANKS + 1)
+    with _drawing("recall", caption, 7, 3.5) as drawn:
+        axes = drawn.drawing.subplots()
+        for name, ranks_Q in ranks.items():
+            found = np.searchsorted(np.sort(ranks_Q), cutoffs, side="right")
+            axes.plot(cutoffs, 100 * found / len(ranks_Q), linewidth=1.4, label=name)
+        axes.set_xscale("log")
+        axes.set_xticks([1, 5, 10, 50, 100], ["1", "5", "10", "50", "100"])
+        axes.set_xlabel("K")
+        axes.set_ylabel("Recall@K (%)")
+        axes.grid(color="0.9")
+        axes.legend(fontsize=8)
+    return drawn.figure
 
 
 def scatter_figure(
     x: Sequence[float], y: Sequence[float], x_label: str, y_label: str, level: float, log: bool
-) -> str:
+) -> Figure:
     """Points, and a line at a level to compare them with."""
-    with _drawing(7, 3) as drawn:
+    name = f"{y_label}_{x_label}".replace("@", "").replace(".", "_")
+    caption = f"{y_label} against {x_label}; the line is the baseline"
+    with _drawing(name, caption, 7, 3) as drawn:
         axes = drawn.drawing.subplots()
         axes.axhline(level, color="0.6", linewidth=1)
         axes.plot(x, y, "o", markersize=4, alpha=0.8)
@@ -80,28 +169,36 @@ def scatter_figure(
         axes.set_ylabel(y_label)
         if log:
             axes.set_xscale("log")
-    return drawn.svg
+    return drawn.figure
 
 
-def bar_figure(bars: Mapping[str, Sequence[float]], labels: Sequence[str], axis: str) -> str:
+def bar_figure(
+    name: str,
+    caption: str,
+    bars: Mapping[str, Sequence[float]],
+    labels: Sequence[str],
+    axis: str,
+) -> Figure:
     """A group of bars a label.
 
     Args:
-        bars: name -> a value a label.
+        name: of the files.
+        caption: of the figure.
+        bars: label in the legend -> a value a label.
         labels: below the groups.
         axis: what the values are.
     """
-    with _drawing(7, 3) as drawn:
+    with _drawing(name, caption, 7, 3) as drawn:
         axes = drawn.drawing.subplots()
         width = 0.8 / len(bars)
-        for n, (name, values) in enumerate(bars.items()):
+        for n, (label, values) in enumerate(bars.items()):
             places = [place + (n - (len(bars) - 1) / 2) * width for place in range(len(labels))]
-            axes.bar(places, values, width, label=name)
+            axes.bar(places, values, width, label=label)
         axes.axhline(0, color="0.3", linewidth=0.8)
         axes.set_xticks(range(len(labels)), labels)
         axes.set_ylabel(axis)
         axes.legend(fontsize=8)
-    return drawn.svg
+    return drawn.figure
 
 
 Order = tuple[str, ...]
@@ -113,7 +210,8 @@ def line_figure(
     grown: Mapping[Order, Sequence[float]],
     label: str,
     published: Mapping[str, Sequence[Sequence[float]]],
-) -> str:
+    caption: str,
+) -> Figure:
     """A metric against the number of fused models, a line an order.
 
     Args:
@@ -122,8 +220,9 @@ def line_figure(
         grown: values of orders in which a fusion was grown.
         label: of the metric.
         published: data set -> points after each model, from elsewhere.
+        caption: of the figure.
     """
-    with _drawing(10, 4.5) as drawn:
+    with _drawing(ORDERS, caption, 10, 4.5) as drawn:
         left, middle, right = drawn.drawing.subplots(1, 3, width_ratios=(4, 2, 2))
         colours = {order: f"C{n}" for n, order in enumerate(named)}
         for order, path in every.items():
@@ -149,4 +248,4 @@ def line_figure(
         right.set_xticks(range(1, 1 + max(map(len, published.values()))))
         right.set_title("published (DAFM), Rmean", fontsize=9)
         right.legend(fontsize=7)
-    return drawn.svg
+    return drawn.figure

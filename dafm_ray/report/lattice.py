@@ -183,21 +183,20 @@ def _figure(studied: Studied, lattice: Lattice, where: str) -> Figure:
     paths = lattice.paths
     from_first = [order for order in paths if order[0] == studied.first]
     named = {o: paths[o] for o in lattice.grown or drawn_orders(studied.study, from_first)}
-    svg = line_figure(named, paths, lattice.grown, lattice.metric, PUBLISHED)
     caption = (
         f"{lattice.metric} on {where} against the number of fused models. Left: some orders, "
         "trained at once (lines) and grown model by model (dashed). Middle: all orders. Right: "
         "points that DAFM publishes, of other models on its own data, not comparable with ours."
     )
-    return Figure(svg, caption)
+    return line_figure(named, paths, lattice.grown, lattice.metric, PUBLISHED, caption)
 
 
 def _bars(lattice: Lattice, where: str) -> Figure:
     shares = lattice.shares
     last = [lattice.added_last(model) for model in shares]
     bars = {"Shapley value": list(shares.values()), "added last": last}
-    svg = bar_figure(bars, list(shares), lattice.metric)
-    return Figure(svg, f"What each model adds to {lattice.metric} on {where}, in points")
+    caption = f"What each model adds to {lattice.metric} on {where}, in points"
+    return bar_figure("contributions", caption, bars, list(shares), lattice.metric)
 
 
 def _published() -> Section:

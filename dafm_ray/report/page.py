@@ -1,10 +1,11 @@
 """The report: one self-contained HTML page that works from file://."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from dafm_ray.evaluation.protocols import HEADLINE
-from dafm_ray.report.cases import Case
+from dafm_ray.report.cases import CaseStudies
 from dafm_ray.report.figures import Figure
+from dafm_ray.report.findings import Section
 from dafm_ray.report.tables import Table
 from dafm_ray.report.templates import rendered
 from dafm_ray.tiles.manifest import Manifest, joint_title
@@ -16,22 +17,24 @@ _FAILURES_SHOWN = 50
 def render(
     table: Table,
     manifests: Sequence[Manifest],
-    cases: Sequence[Case],
-    pictures: Mapping[str, str],
-    failures: Sequence[Failure],
     notes: Sequence[str],
+    footing: Sequence[str],
+    sections: Sequence[Section],
     figures: Sequence[Figure],
+    studies: CaseStudies,
+    failures: Sequence[Failure],
 ) -> str:
     """Render the page; every text from the data is escaped.
 
     Args:
         table: the results.
         manifests: of the stores, for the protocol box.
-        cases: queries with their rankings.
-        pictures: gallery id -> data URI.
-        failures: items that could not be used.
         notes: sentences for the summary.
-        figures: drawings of how fusions were trained.
+        footing: sentences on what the numbers stand on.
+        sections: further tables.
+        figures: drawings.
+        studies: queries with their rankings and pictures.
+        failures: items that could not be used.
     """
     return rendered(
         "page.html.j2",
@@ -42,11 +45,12 @@ def render(
             name: list(dict.fromkeys(manifest.models[name] for manifest in manifests))
             for name in sorted(manifests[0].models)
         },
-        cases=cases,
-        pictures=pictures,
+        notes=notes,
+        footing=footing,
+        sections=sections,
+        figures=figures,
+        studies=studies,
         failures=failures[:_FAILURES_SHOWN],
         failures_total=len(failures),
-        notes=notes,
-        figures=figures,
         headline=HEADLINE,
     )

@@ -16,6 +16,7 @@ from dafm_ray.fusion.trial import Trial
 from dafm_ray.fusion.tune import Studied, run_study
 from dafm_ray.markdown import markdown_table
 from dafm_ray.report.choice import BASELINE, choose_network, choose_static, written
+from dafm_ray.report.figures import write_figures
 from dafm_ray.report.findings import Findings, Section, write_csv
 from dafm_ray.report.lattice import find_in_orders
 from dafm_ray.report.templates import rendered
@@ -78,6 +79,7 @@ def _written(studied: Studied, storage: Storage, root: Path) -> StudyReport:
         linked=studied.study.kind == "networks",
     )
     (root / "report.html").write_text(page, encoding="utf-8")
+    write_figures(findings.figures, root)
     table = markdown_table(header, rows, 1 + len(studied.keys))
     return StudyReport(table, tuple(notes), storage.uri, failures)
 

@@ -8,7 +8,8 @@ import pytest
 
 from dafm_ray.config import EvaluateConfig
 from dafm_ray.errors import ConfigError, DataError
-from dafm_ray.report.evaluate import _verdicts, evaluate
+from dafm_ray.report.evaluate import evaluate
+from dafm_ray.report.notes import summary_notes
 from dafm_ray.tiles.manifest import Grid
 from tests.samples import labelled_dataset, score_store
 
@@ -20,6 +21,7 @@ FILES = {
     "report.html",
     "ranks.parquet",
     "config.yaml",
+    "figures",
 }
 
 
@@ -48,9 +50,10 @@ def test_everything_is_written(config, tmp_path):
 def test_metrics_agree_with_themselves_and_with_the_ranks(config, tmp_path):
     found = metrics(config)
     ranks = pq.read_table(tmp_path / "out" / "ranks.parquet").to_pylist()
-    assert {system["kind"] for system in found["systems"]} == {"single", "static"}
-    assert len(ranks) == 30 * len(found["systems"])
-    for system in found["systems"]:
+    assert {system["kind"] for system in found["systems"]} == {"single", "static", "oracle"}
+    systems = [system for system in found["systems"] if system["kind"] != "oracle"]
+    assert len(ranks) == 30 * len(systems)
+    for system in systems:
         mine = [row["rank"] for row in ranks if row["system"] == system["name"]]
         assert system["hits"]["R@5"] == sum(rank <= 5 for rank in mine)
         assert system["metrics"]["R@5"] == pytest.approx(100 * system["hits"]["R@5"] / 30, abs=1e-3)
@@ -62,6 +65,9 @@ def test_metrics_agree_with_themselves_and_with_the_ranks(config, tmp_path):
             assert system[luck].keys() == system["hits"].keys()
         for versus in system["vs"].values():
             assert versus["win"] + versus["tie"] + versus["loss"] == 30
+        for judge, metrics_of in system["paired"].items():
+            assert metrics_of["R@10"] == system["vs"][judge]
+            assert all(one["p"] <= one["p_holm"] <= 1 for one in metrics_of.values())
 
 
 def test_every_system_is_compared_with_best_single_baselines_and_best_static(config):
@@ -90,8 +96,13 @@ def test_the_table_is_the_same_in_every_form(config, tmp_path):
     )
     for row in table.rows:
         shown = f"{row.metrics['R@10']:.2f}"
-        assert shown in next(line for line in markdown.splitlines() if f"| {row.name} " in line)
-        assert shown in next(line for line in text.splitlines() if line.startswith(f"{row.name},"))
+        marks = table.marks(row, "R@10")
+        assert f" {shown}{marks} |" in next(
+            line for line in markdown.splitlines() if f"| {row.name} " in line
+        )
+        assert f",{shown}," in next(
+            line for line in text.splitlines() if line.startswith(f"{row.name},")
+        )
     assert latex.count(r"\\") == len(table.rows) + 1
     assert "protocol cirr, reference masked, 30 queries, gallery of 40 images" in markdown
 
@@ -118,7 +129,10 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
     assert "script" not in page.tags
     assert "&lt;script&gt;" in text
     links = [a[key] for _, a in page.attributes for key in ("src", "href") if key in a]
-    assert all(link.startswith("data:") for link in links)
+    assert all(link.startswith(("data:", "#")) for link in links)
+    assert {link[1:] for link in links if link[0] == "#"} <= {
+        a.get("id") for _, a in page.attributes
+    }
     assert page.tags.count("h1") == 1
 
 
@@ -128,7 +142,8 @@ def test_pictures_are_shown_where_the_data_set_is_at_hand(tmp_path):
     store = icon_store(tmp_path / "s")
     report = evaluate(EvaluateConfig(store=store.uri, out=str(tmp_path / "out"), cases=3)).report
     page = Page(report.read_text(encoding="utf-8"))
-    images = [attributes for tag, attributes in page.attributes if tag == "img"]
+    every = [attributes for tag, attributes in page.attributes if tag == "img"]
+    images = [image for image in every if "thumb" in image.get("class", "")]
     assert len(images) == 3 * (2 + 5 * (2 + 6))
     assert all(image["alt"] and image["src"].startswith("data:image/") for image in images)
     assert sum("(target)" in image["alt"] for image in images) >= 3
@@ -216,7 +231,8 @@ def test_a_learned_fusion_is_judged_by_the_best_static_one_shown(tmp_path):
     )
     assert best.name in learned.vs
     low, high = learned.vs[best.name].ci95
-    [said] = _verdicts(replace(page.table, rows=(*page.table.rows, learned)))
+    said = summary_notes(replace(page.table, rows=(*page.table.rows, learned)))
+    [said] = [note for note in said if note.startswith("Learning")]
     assert f"against {best.name}" in said
     assert ("does harm" in said) == (high < 0)
     assert ("pays:" in said) == (low > 0)

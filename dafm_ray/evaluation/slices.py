@@ -1,0 +1,60 @@
+"""Parts of the queries on which systems may differ: categories, and lengths of the text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from dafm_ray.datasets.base import Query
+from dafm_ray.evaluation.metrics import Ints
+
+PARTS = 3
+"""Lengths of the text are cut into so many parts of about as many queries each."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some of the queries.
+
+    Attributes:
+        name: as `dress`, or `up to 6 words`.
+        queries: their positions, ascending.
+    """
+
+    name: str
+    queries: Ints
+
+
+def slices(queries: Sequence[Query]) -> tuple[Slice, ...]:
+    """Every category if there are several, then every part of the lengths; none is empty."""
+    return (*_categories(queries), *_lengths(queries))
+
+
+def _categories(queries: Sequence[Query]) -> list[Slice]:
+    names, category_of = np.unique([query.category for query in queries], return_inverse=True)
+    if len(names) == 1:
+        return []
+    return [
+        Slice(name or "no category", np.flatnonzero(category_of == n))
+        for n, name in enumerate(names.tolist())
+    ]
+
+
+def _lengths(queries: Sequence[Query]) -> list[Slice]:
+    words_Q = np.array([len(" ".join(query.captions).split()) for query in queries])
+    shares = np.arange(1, PARTS) / PARTS
+    ends = np.unique(np.quantile(words_Q, shares, method="lower")).tolist()
+    # A last end that nothing lies beyond would leave an empty part.
+    ends = [end for end in ends if end < words_Q.max()]
+    if not ends:
+        return []
+    part_of = np.searchsorted(ends, words_Q)
+    names = [f"up to {ends[0]} words"]
+    names += [_span(low + 1, high) for low, high in pairwise(ends)]
+    names.append(f"more than {ends[-1]} words")
+    return [Slice(name, np.flatnonzero(part_of == n)) for n, name in enumerate(names)]
+
+
+def _span(low: int, high: int) -> str:
+    return f"{low} to {high} words" if low < high else f"{low} words"

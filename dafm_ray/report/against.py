@@ -1,0 +1,186 @@
+"""Two evaluations of the same queries, system by system."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dafm_ray.datasets.base import Query
+from dafm_ray.errors import DataError
+from dafm_ray.evaluation.metrics import UNRANKED, Ints, TargetRanks
+from dafm_ray.evaluation.protocols import HEADLINE
+from dafm_ray.evaluation.significance import Paired, Resampling, compare
+from dafm_ray.evaluation.summary import Summary, SystemRanks
+from dafm_ray.report.findings import Section
+from dafm_ray.report.sections import points
+from dafm_ray.tiles.manifest import Manifest
+
+METRICS, RANKS = "metrics.json", "ranks.parquet"
+
+
+@dataclass(frozen=True)
+class Run:
+    """An earlier evaluation.
+
+    Attributes:
+        folder: where its files lie.
+        metrics: its `metrics.json`.
+        ranks: system -> query id -> (rank, rank in the group); None where there is none.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+    ranks: dict[str, dict[str, tuple[int | None, int | None]]]
+
+
+@dataclass(frozen=True)
+class Against:
+    """What changed: our system, theirs, and metric -> comparison."""
+
+    run: str
+    compared: list[tuple[str, str, dict[str, Paired]]]
+
+    def section(self) -> Section:
+        """As a table."""
+        metrics = [m for m in (HEADLINE, "Rmean") if m in self.compared[0][2]]
+        rows = tuple(
+            (
+                mine,
+                theirs,
+                *(points(paired[m]) for m in metrics),
+                f"{paired[HEADLINE].win}/{paired[HEADLINE].tie}/{paired[HEADLINE].loss}",
+            )
+            for mine, theirs, paired in self.compared
+        )
+        text = (
+            f"This evaluation less that of {self.run}, on the same queries: points with their 95 % "
+            "interval, * significant after Holm's correction over all systems and metrics. "
+            "metrics.json has every metric."
+        )
+        header = ("here", "there", *metrics, f"win/tie/loss at {HEADLINE}")
+        return Section(f"Against {self.run}", text, header, rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `metrics.json`."""
+        systems = [
+            {"here": mine, "there": theirs, "metrics": {m: asdict(p) for m, p in paired.items()}}
+            for mine, theirs, paired in self.compared
+        ]
+        return {"run": self.run, "systems": systems}
+
+
+def read_run(path: str) -> Run:
+    """Read an evaluation's folder, or the folder of its `metrics.json`.
+
+    Raises:
+        DataError: it is none, or it is damaged.
+    """
+    folder = Path(path).parent if Path(path).name == METRICS else Path(path)
+    for name in (METRICS, RANKS):
+        if not (folder / name).is_file():
+            raise DataError(f"{path} is no evaluation: there is no {folder / name}")
+    try:
+        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        columns = pq.read_table(folder / RANKS).to_pydict()
+        within = columns.get("subset_rank", [None] * len(columns["rank"]))
+        ranks: dict[str, dict[str, tuple[int | None, int | None]]] = {}
+        places = (columns["system"], columns["query"], columns["rank"], within)
+        for system, query, rank, subset in zip(*places, strict=True):
+            ranks.setdefault(system, {})[query] = (rank, subset)
+        protocol, policy = metrics["protocol"], metrics["reference"]
+    except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
+        raise DataError(f"{folder} is no evaluation, or it is damaged: {error}") from None
+    return Run(folder, metrics | {"protocol": protocol, "reference": policy}, ranks)
+
+
+def refuse_unlike_run(run: Run, manifests: Sequence[Manifest], queries: Sequence[Query]) -> None:
+    """DataError unless a run ranked the same queries over the same galleries by one protocol."""
+    first = manifests[0]
+    for what, mine, theirs in (
+        ("protocol", first.protocol, run.metrics["protocol"]),
+        ("reference policy", first.policy, run.metrics["reference"]),
+        (
+            "gallery",
+            sorted(manifest.gallery_digest[:12] for manifest in manifests),
+            sorted(one.get("gallery_digest", "")[:12] for one in run.metrics.get("stores", [])),
+        ),
+    ):
+        if mine != theirs:
+            raise DataError(
+                f"{run.folder} has {what} {theirs!r}, this evaluation has {mine!r}; only numbers "
+                "of one protocol compare"
+            )
+    asked = {query.id for query in queries}
+    for name, known in run.ranks.items():
+        if unknown := asked ^ set(known):
+            raise DataError(
+                f"{run.folder} and this evaluation do not hold the same queries: {len(unknown)} "
+                f"are in one alone, as {min(unknown)!r} under {name}"
+            )
+
+
+def compare_runs(
+    run: Run,
+    queries: Sequence[Query],
+    summaries: dict[str, Summary],
+    best: str,
+    resampling: Resampling,
+) -> Against:
+    """Compare the systems that both evaluations have, and the best of each.
+
+    Args:
+        run: the earlier one.
+        queries: those that are counted.
+        summaries: name -> numbers of our systems.
+        best: name of ours.
+        resampling: of the queries.
+
+    Raises:
+        DataError: no system to compare with.
+    """
+    rules, categories = summaries[best].protocol, [query.category for query in queries]
+    theirs = {
+        name: Summary(_ranks_of(name, known, queries), rules, categories)
+        for name, known in run.ranks.items()
+    }
+    if not theirs:
+        raise DataError(f"{run.folder} holds no system")
+    top = max(theirs, key=lambda name: (theirs[name].percent(HEADLINE), name))
+    names = [(name, name) for name in summaries if name in theirs]
+    if (best, top) not in names:
+        names.append((best, top))
+    asked = [
+        (mine, other, metric)
+        for mine, other in names
+        for metric in summaries[mine].values
+        # Average precision needs the ranks of all targets.
+        if metric in theirs[other].values and not metric.startswith("mAP")
+    ]
+    found = compare(
+        [(m, summaries[mine].values[m], theirs[other].values[m]) for mine, other, m in asked],
+        resampling,
+    )
+    compared: dict[tuple[str, str], dict[str, Paired]] = {}
+    for (mine, other, metric), paired in zip(asked, found, strict=True):
+        compared.setdefault((mine, other), {})[metric] = paired
+    return Against(str(run.folder), [(*pair, metrics) for pair, metrics in compared.items()])
+
+
+def _ranks_of(
+    name: str, known: dict[str, tuple[int | None, int | None]], queries: Sequence[Query]
+) -> SystemRanks:
+    ranks, subsets = zip(*(known[query.id] for query in queries), strict=True)
+    grouped = all(subset is not None for subset in subsets)
+    return SystemRanks(name, "", _targets(ranks), _targets(subsets) if grouped else None)
+
+
+def _targets(ranks: Sequence[int | None]) -> TargetRanks:
+    """Stored ranks alone: ties and further targets are not known."""
+    stored_Q: Ints = np.array([UNRANKED if rank is None else rank for rank in ranks])
+    none_Q = np.zeros_like(stored_Q)
+    return TargetRanks(stored_Q, stored_Q - 1, none_Q, none_Q, stored_Q[:, None], none_Q + 1)

@@ -1,0 +1,102 @@
+"""Tables below the result table: what each model is worth, and where systems differ."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dafm_ray.datasets.base import Query
+from dafm_ray.evaluation.metrics import Floats
+from dafm_ray.evaluation.protocols import HEADLINE
+from dafm_ray.evaluation.significance import Paired, Resampling, compare
+from dafm_ray.evaluation.slices import slices
+from dafm_ray.evaluation.summary import Summary
+from dafm_ray.fusion.ablation import Without
+from dafm_ray.report.findings import Section
+from dafm_ray.report.tables import ABSENT, Table
+
+
+def points(paired: Paired) -> str:
+    """A difference with its interval, and a star if it stands after the correction."""
+    low, high = paired.ci95
+    star = " *" if paired.is_significant else ""
+    return f"{paired.diff:+.2f} [{low:+.2f}, {high:+.2f}]{star}"
+
+
+def contributions(
+    ablations: Sequence[tuple[Without, Summary]],
+    whole: dict[str, Summary],
+    resampling: Resampling,
+) -> list[Section]:
+    """What each fusion loses without each model.
+
+    Args:
+        ablations: fusions that lack a model, and what they reach.
+        whole: name of a fusion -> what it reaches with all models.
+        resampling: of the queries.
+    """
+    if not ablations:
+        return []
+    values = {name: summary.values[HEADLINE] for name, summary in whole.items()}
+    pairs = [
+        (HEADLINE, summary.values[HEADLINE], values[one.system.name]) for one, summary in ablations
+    ]
+    found = compare(pairs, resampling)
+    rows = [
+        (one.model, one.system.name, f"{summary.percent(HEADLINE):.2f}", points(paired))
+        for (one, summary), paired in zip(ablations, found, strict=True)
+    ]
+    text = (
+        f"{HEADLINE} of a fusion that has to do without one model, not trained again, and the "
+        "difference to the whole fusion in points, with its 95 % interval; * significant after "
+        "Holm's correction. A model whose loss costs nothing need not be run."
+    )
+    header = ("without", "fusion", HEADLINE, "difference")
+    return [Section("What each model is worth", text, header, tuple(rows))]
+
+
+def breakdown(
+    queries: Sequence[Query], table: Table, summaries: dict[str, Summary], resampling: Resampling
+) -> list[Section]:
+    """The headline metric by category and by length of the text, the best system against the best
+    single one.
+
+    Args:
+        queries: that are counted.
+        table: says which systems these are.
+        summaries: name -> numbers of the system.
+        resampling: of the queries.
+    """
+    best, single = summaries[table.top.name], summaries[table.single]
+    shown = [single] if best is single else [single, best]
+    parts = slices(queries)
+    found: list[Paired] = []
+    if best is not single:
+        pairs = [
+            (part.name, _only(best, part.queries), _only(single, part.queries)) for part in parts
+        ]
+        found = compare(pairs, resampling)
+    rows = [
+        (
+            part.name,
+            f"{len(part.queries):,}",
+            *(f"{100 * resampling.mean(_only(one, part.queries)):.2f}" for one in shown),
+            points(found[n]) if found else ABSENT,
+            f"{found[n].win}/{found[n].tie}/{found[n].loss}" if found else ABSENT,
+        )
+        for n, part in enumerate(parts)
+    ]
+    text = (
+        f"{HEADLINE} of some of the queries, the difference in points with its 95 % interval "
+        "(* significant after Holm's correction), and on how many queries each is ahead. Lengths "
+        "are those of the modification text."
+    )
+    names = tuple(one.system.name for one in shown)
+    header = ("queries", "number", *names, "difference", "win/tie/loss")
+    return [Section("Where it helps", text, header, tuple(rows))] if rows else []
+
+
+def _only(summary: Summary, queries: np.ndarray) -> Floats:
+    """(Q,) headline values; NaN outside of some queries."""
+    values_Q = np.full(len(summary.values[HEADLINE]), np.nan)
+    values_Q[queries] = summary.values[HEADLINE][queries]
+    return values_Q
