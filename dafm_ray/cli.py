@@ -5,6 +5,7 @@ import json
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dafm_ray.config import (
     BANK_T,
@@ -19,6 +20,7 @@ from dafm_ray.config import (
     load_config,
 )
 from dafm_ray.errors import DONE, ConfigError, DataError, refusals, unknown
+from dafm_ray.evaluation.submission_format import LENGTHS
 from dafm_ray.job import (
     add_config_arguments,
     evaluate_job,
@@ -29,6 +31,10 @@ from dafm_ray.job import (
     train_fusion_job,
     tune_fusion_job,
 )
+
+if TYPE_CHECKING:
+    from dafm_ray.fusion.base import Fusion
+    from dafm_ray.tiles.store import TileStore
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -105,24 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     onnx.add_argument("--to", type=Path, metavar="FILE", help="default: fusion.onnx in that folder")
 
     rank = _add(commands, "rank", _rank, "the first candidates of every query, as Parquet")
-    rank.add_argument("store")
-    ranks_by = rank.add_mutually_exclusive_group()
-    ranks_by.add_argument(
-        "--fusion",
-        default="mean@zscore",
-        metavar="NAME",
-        help="a static fusion, a sub-model, either with +bank, or the folder of a trained fusion; "
-        "default: mean@zscore",
-    )
-    ranks_by.add_argument(
-        "--tune-on",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="STORE",
-        help="other queries on which to search convex weights",
-    )
-    _add_bank_argument(rank)
+    _add_system_arguments(rank)
     rank.add_argument("--top", type=int, default=50, metavar="K", help="default: 50")
     rank.add_argument("--out", required=True, type=Path, metavar="FILE", help="a Parquet file")
 
@@ -165,6 +154,18 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("layout", help="cirr-like or fashioniq-like")
     make.add_argument("--from", dest="source", default="icons", help="icons, the only source")
     make.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+
+    submission = _group(commands, "submission", "files for the CIRR test server")
+    write = _add(submission, "write", _submission_write, "what a system ranks, as server files")
+    _add_system_arguments(write)
+    write.add_argument("--metric", choices=LENGTHS, help="one file alone")
+    write.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="gets a file a metric, METRIC.json"
+    )
+    files = _add(submission, "check", _submission_check, "what is wrong with server files")
+    files.add_argument("file", nargs="+", type=Path, help=".json or .json.gz")
+    files.add_argument("--annotations", default="", metavar="DIR", help="of CIRR")
+    files.add_argument("--split", default="", help="of the annotations; default: test1")
 
     tiles = _group(commands, "tiles", "look into a store, bring scores in and out")
     _add(tiles, "info", _tiles_info, "what is in a store").add_argument("store")
@@ -212,6 +213,28 @@ def _add(
     parser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(command=command)
     return parser
+
+
+def _add_system_arguments(parser: argparse.ArgumentParser) -> None:
+    """A store and the one system that ranks it, for `_store_and_system`."""
+    parser.add_argument("store")
+    ranks_by = parser.add_mutually_exclusive_group()
+    ranks_by.add_argument(
+        "--fusion",
+        default="mean@zscore",
+        metavar="NAME",
+        help="a static fusion, a sub-model, either with +bank, or the folder of a trained fusion; "
+        "default: mean@zscore",
+    )
+    ranks_by.add_argument(
+        "--tune-on",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="STORE",
+        help="other queries on which to search convex weights",
+    )
+    _add_bank_argument(parser)
 
 
 def _add_bank_argument(parser: argparse.ArgumentParser) -> None:
@@ -285,12 +308,20 @@ def _fuse_export(arguments: argparse.Namespace) -> int:
 
 def _rank(arguments: argparse.Namespace) -> int:
     from dafm_ray.fusion.rankings import write_rankings
+
+    if arguments.top < 1:
+        raise ConfigError(f"--top must be at least 1, not {arguments.top}")
+    store, system = _store_and_system(arguments)
+    write_rankings(store, system, arguments.top, arguments.out)
+    print(f"{arguments.out}: {system.name}")
+    return DONE
+
+
+def _store_and_system(arguments: argparse.Namespace) -> "tuple[TileStore, Fusion]":
     from dafm_ray.fusion.systems import Maker, open_for, tuned_on
     from dafm_ray.report.stores import refuse_leaks
     from dafm_ray.tiles.store import TileStore
 
-    if arguments.top < 1:
-        raise ConfigError(f"--top must be at least 1, not {arguments.top}")
     name, tuned = arguments.fusion, None
     store = open_for(name, arguments.store)
     if arguments.tune_on:
@@ -300,9 +331,41 @@ def _rank(arguments: argparse.Namespace) -> int:
         name = tuned[0].name
     made = Maker([name], bank_source=arguments.bank, tuned=tuned).on(store)
     say(*made.notes)
-    write_rankings(store, made.systems[-1], arguments.top, arguments.out)
-    print(f"{arguments.out}: {made.systems[-1].name}")
+    return store, made.systems[-1]
+
+
+def _submission_write(arguments: argparse.Namespace) -> int:
+    from dafm_ray.fusion.submit import write_submission
+
+    store, system = _store_and_system(arguments)
+    metrics = [arguments.metric] if arguments.metric else list(LENGTHS)
+    checks = write_submission(store, system, arguments.out, metrics)
+    print(f"{arguments.out}: {system.name}")
+    for file, checked in checks.items():
+        for line in checked.lines():
+            print(f"{file}: {line}")
     return DONE
+
+
+def _submission_check(arguments: argparse.Namespace) -> int:
+    from dafm_ray.datasets.registry import read_dataset
+    from dafm_ray.evaluation.submission import check_submission
+
+    queries, gallery_ids = None, None
+    if arguments.annotations:
+        split = arguments.split or "test1"
+        named = DatasetConfig("cirr", split, annotations=arguments.annotations)
+        dataset = read_dataset(named).dataset()
+        queries, gallery_ids = dataset.queries, dataset.gallery.ids
+    elif arguments.split:
+        raise ConfigError("--split says nothing without --annotations DIR")
+    faulty = False
+    for file in arguments.file:
+        checked = check_submission(file, queries, gallery_ids)
+        faulty |= bool(checked.faults)
+        for line in checked.lines():
+            print(f"{file}: {line}")
+    return DataError.exit_code if faulty else DONE
 
 
 def _search(arguments: argparse.Namespace) -> int:

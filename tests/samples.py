@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,13 @@ def labelled_dataset(
         queries=tuple(rows),
         source=NoImages(),
     )
+
+
+def cirr_dataset(candidates: int = 60, queries: int = 12) -> Dataset:
+    """Named as CIRR val is: pair ids, images of `dev`."""
+    made = labelled_dataset(candidates, queries, split="dev")
+    paired = tuple(replace(query, id=str(1000 + n)) for n, query in enumerate(made.queries))
+    return replace(made, name="cirr", split="val", queries=paired)
 
 
 def score_store(

@@ -146,12 +146,25 @@ def subset_ranks(scores_QN: Scores, targets_QT: Ints, groups_QG: Ints) -> Target
         targets_QT: as in `rank_targets`.
         groups_QG: columns of the members, -1 where a group has fewer than G.
     """
-    members_QG = np.sort(groups_QG, axis=1)
-    rows_Q1 = np.arange(len(scores_QN))[:, None]
-    scores_QG = np.where(members_QG >= 0, scores_QN[rows_Q1, members_QG], np.nan)
+    members_QG, scores_QG = group_scores(scores_QN, groups_QG)
     match_QTG = (targets_QT[:, :, None] == members_QG[:, None, :]) & (targets_QT >= 0)[:, :, None]
     places_QT = np.where(match_QTG.any(axis=2), match_QTG.argmax(axis=2), -1)
     return rank_targets(scores_QG, places_QT)
+
+
+def group_scores(scores_QN: Scores, groups_QG: Ints) -> tuple[Ints, Scores]:
+    """The members of each query's group in stored order, and their scores.
+
+    Args:
+        scores_QN: as in `rank_targets`.
+        groups_QG: columns of the members, -1 where a group has fewer than G.
+
+    Returns:
+        (Q, G) columns and (Q, G) scores, NaN where there is no member.
+    """
+    members_QG = np.sort(groups_QG, axis=1)
+    rows_Q1 = np.arange(len(scores_QN))[:, None]
+    return members_QG, np.where(members_QG >= 0, scores_QN[rows_Q1, members_QG], np.nan)
 
 
 def stratified_mean(values_Q: Floats, strata_Q: Ints | None = None) -> float:
