@@ -13,6 +13,7 @@ from dafm_ray.datasets.base import Query
 from dafm_ray.evaluation.submission_format import (
     HEAD,
     LENGTHS,
+    TEST_QUERIES,
     VERSION,
     Fault,
     Pairs,
@@ -145,8 +146,12 @@ class _Split:
                 yield Fault("misspelt pair id", key, message)
 
     def missing(self, lists: Mapping[str, Any]) -> Iterator[Fault]:
-        if self.queries is None and not lists:
-            yield Fault("no lists", "", "it holds no list; add one for every pair id")
+        if self.queries is None and len(lists) != TEST_QUERIES:
+            message = (
+                f"it holds {len(lists):,} lists, and test1 has {TEST_QUERIES:,} queries; name the "
+                "annotations to see which ones lack a list"
+            )
+            yield Fault("wrong count", "", message)
         for id in self.queries or ():
             if id not in lists:
                 message = f"query {id!r} has no list; every query of the split needs one"

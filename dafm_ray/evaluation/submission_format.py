@@ -23,6 +23,9 @@ HEAD = ("version", "metric")
 LENGTHS = {"recall": 50, "recall_subset": 3}
 """Metric -> names a query."""
 
+TEST_QUERIES = 4_148
+"""Of test1, the split that the server ranks."""
+
 LARGEST = 5_000_000
 """Bytes of a file that the server takes."""
 

@@ -93,8 +93,8 @@ def _oracle(table: Table) -> list[str]:
         return []
     oracle, control = (row.metrics[HEADLINE] for row in table.oracles)
     return [
-        f"The best model of each query, chosen after seeing the answer, would reach {oracle:.2f} %; "
-        f"the same choice among as many copies of one score that differ by noise alone reaches "
+        f"The best model of each query, chosen after seeing the answer, would reach {oracle:.2f} "
+        "%; the same choice among as many copies of one score that differ by noise alone reaches "
         f"{control:.2f} %, so that much is luck."
     ]
 

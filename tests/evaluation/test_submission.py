@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from dafm_ray.cli import main
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.evaluation.submission import SHOWN, check_content, check_submission
-from dafm_ray.evaluation.submission_format import LARGEST, LENGTHS, submission_text
+from dafm_ray.evaluation.submission_format import (
+    LARGEST,
+    LENGTHS,
+    TEST_QUERIES,
+    submission_text,
+)
 from tests.samples import cirr_dataset
 
 DATASET = cirr_dataset()
@@ -167,21 +172,25 @@ def test_the_same_list_for_all_queries_is_odd_and_not_wrong():
 
 
 def test_without_annotations_the_form_is_checked_and_the_rest_is_said():
-    rest = {**SOUND["recall"], FIRST.id: [FIRST.reference, "nowhere", *NAMES[2:]]}
-    rest.pop(SECOND.id)
-    found = check_content(submission_text("recall", rest).encode(), None, None)
+    names = [FIRST.reference, "nowhere", *NAMES[2:]]
+    lists = {str(id): names[:: 1 - 2 * (id % 2)] for id in range(TEST_QUERIES)}
+    found = check_content(submission_text("recall", lists).encode(), None, None)
     sound, *unchecked = found.lines()
-    assert sound == "sound in form (recall, 11 queries)"
+    assert sound == "sound in form (recall, 4,148 queries)"
     assert "every query of the split" in unchecked[0]
     assert "images of the split" in unchecked[1]
-    [fault] = check_content(submission_text("recall", {}).encode(), None, None).faults
-    assert fault.kind == "no lists"
-    broken = {**rest, "mine": [], FIRST.id: [NAMES[0], NAMES[0], "x.png"]}
-    kinds = [
-        fault.kind
-        for fault in check_content(submission_text("recall", broken).encode(), None, None).faults
-    ]
+    lists["0"] = [NAMES[0], NAMES[0], "x.png"]
+    found = check_content(submission_text("recall", {**lists, "mine": []}).encode(), None, None)
+    kinds = [fault.kind for fault in found.faults]
     assert kinds == ["extra key", "too short", "repeated name", "name with .png"]
+
+
+@pytest.mark.parametrize("count", [0, TEST_QUERIES - 1, TEST_QUERIES + 1])
+def test_without_annotations_lists_are_counted(count):
+    lists = {str(id): NAMES for id in range(count)}
+    [fault] = check_content(submission_text("recall", lists).encode(), None, None).faults
+    assert fault.kind == "wrong count"
+    assert f"{count:,} lists" in fault.message
 
 
 def test_what_unpacks_to_far_more_is_not_looked_into(tmp_path):

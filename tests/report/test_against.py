@@ -69,7 +69,7 @@ def test_the_best_of_each_are_compared_whatever_they_are_called(weaker, tmp_path
 
 def test_other_queries_are_refused(weaker, tmp_path):
     fewer = replace(DATASET, queries=DATASET.queries[:-1])
-    with pytest.raises(DataError, match="same queries: 1 are in one alone, as 'val-q[0-9]+'"):
+    with pytest.raises(DataError, match=r"same queries: 1 are in one alone, as 'val-q[0-9]+'"):
         evaluate(replace(config(tmp_path, "fewer", 1.0, fewer), against=weaker.out))
 
 
