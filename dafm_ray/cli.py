@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from dafm_ray.fusion.base import Fusion
     from dafm_ray.tiles.store import TileStore
 
+if TYPE_CHECKING:
+    from dafm_ray.report.audits.base import Audit
+
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -140,6 +143,25 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="page with the pictures; default: search.html",
     )
+
+    audit = _group(commands, "audit", "what may make a number say more than it does")
+    order = _add(audit, "order", _audit_order, "what positions alone find")
+    order.add_argument("what", metavar="STORE|DATASET", help="or cirr, fashioniq, icons, folder")
+    for name in ("split", "category", "annotations", "root"):
+        order.add_argument(f"--{name}", default="", help="of that data set")
+    equal = _add(audit, "ties", _audit_ties, "what the order of equal scores decides")
+    twins = _add(audit, "duplicates", _audit_duplicates, "candidates and queries that are the same")
+    alone = _add(audit, "modality", _audit_modality, "what the image or the text alone solves")
+    alone.add_argument("--image-only", default="", metavar="MODEL", help="that sees no text")
+    alone.add_argument("--text-only", default="", metavar="MODEL", help="that sees no image")
+    seen = _add(audit, "stacking", _audit_stacking, "whether models have seen these queries")
+    seen.add_argument(
+        "--held-out", default="", metavar="STORE", help="queries that no model has seen"
+    )
+    for each in (equal, twins, alone, seen):
+        each.add_argument("store")
+    for each in (order, equal, twins, alone, seen):
+        each.add_argument("--json", type=Path, metavar="FILE", help="all of it, for machines")
 
     data = _group(commands, "data", "data sets")
     check = _add(data, "check", _data_check, "what is wrong, or odd, about a data set")
@@ -402,6 +424,59 @@ def _search(arguments: argparse.Namespace) -> int:
         arguments.out.write_text(page, encoding="utf-8")
     print(f"pictures: {arguments.out.resolve()}")
     return DONE
+
+
+def _audit_order(arguments: argparse.Namespace) -> int:
+    from dafm_ray.report.audits.order import audit_order
+
+    keys = ("split", "category", "annotations", "root")
+    named = DatasetConfig("", **{key: getattr(arguments, key) for key in keys})
+    return _audited(audit_order(arguments.what, named), arguments.json)
+
+
+def _audit_ties(arguments: argparse.Namespace) -> int:
+    from dafm_ray.report.audits.ties import audit_ties
+    from dafm_ray.tiles.store import TileStore
+
+    return _audited(audit_ties(TileStore(arguments.store)), arguments.json)
+
+
+def _audit_duplicates(arguments: argparse.Namespace) -> int:
+    from dafm_ray.report.audits.duplicates import audit_duplicates
+    from dafm_ray.tiles.store import TileStore
+
+    return _audited(audit_duplicates(TileStore(arguments.store)), arguments.json)
+
+
+def _audit_modality(arguments: argparse.Namespace) -> int:
+    from dafm_ray.report.audits.modality import audit_modality
+    from dafm_ray.tiles.store import TileStore
+
+    store = TileStore(arguments.store)
+    found = audit_modality(store, arguments.image_only, arguments.text_only)
+    return _audited(found, arguments.json)
+
+
+def _audit_stacking(arguments: argparse.Namespace) -> int:
+    from dafm_ray.report.audits.stacking import audit_stacking
+    from dafm_ray.tiles.store import TileStore
+
+    held_out = TileStore(arguments.held_out) if arguments.held_out else None
+    return _audited(audit_stacking(TileStore(arguments.store), held_out), arguments.json)
+
+
+def _audited(found: "Audit", file: Path | None) -> int:
+    from dafm_ray.markdown import markdown_table
+
+    table = found.table
+    print(markdown_table(table.header, table.rows, 1))
+    print(f"\n{table.text}\n" + "\n".join(found.notes))
+    if file is not None:
+        with refusals(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            content = {"what": found.what, "notes": found.notes, **found.details}
+            file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    return DataError.exit_code if found.leaks else DONE
 
 
 def _data_check(arguments: argparse.Namespace) -> int:

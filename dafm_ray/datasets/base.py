@@ -234,6 +234,11 @@ def title_of(name: str, split: str, category: str) -> str:
     return " ".join(part for part in (name, split, category) if part)
 
 
+def label_of(name: str, split: str, category: str, root: str) -> str:
+    """The title, and the root of an own folder, because all of these are called alike."""
+    return title_of(name, split, category) + (f" {root}" if name == "folder" else "")
+
+
 def contradictions(images: Sequence[str], queries: Sequence[Query]) -> Iterator[Finding]:
     """Ids that stand twice, and queries that name images which are not in the gallery."""
     yield from _repeated(images, "image")

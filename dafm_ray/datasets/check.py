@@ -82,7 +82,7 @@ def check(config: DatasetConfig) -> Check:
     entry = dataset_entry(config.name)
     parts: list[Part] = []
     for draft in drafts:
-        leak = order_leak(draft)
+        leak = order_leak([id for id, _ in draft.images], draft.queries)
         labelled = sum(bool(query.targets) for query in draft.queries)
         parts.append(
             Part(

@@ -6,12 +6,13 @@ it finds targets more often than under random orders, any ranker that profits fr
 stable sort over ties, a filter along the gallery axis) profits from the leak.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dafm_ray.datasets.base import Draft
+from dafm_ray.datasets.base import Query
 
 Ints = NDArray[np.int64]
 
@@ -38,12 +39,18 @@ class OrderLeak:
     p: float
 
 
-def order_leak(draft: Draft, seed: int = 0) -> OrderLeak | None:
-    """Measure the leak of a data set's order; None if no query has a target in the gallery."""
-    position = {id: n for n, (id, _) in enumerate(draft.images)}
+def order_leak(ids: Sequence[str], queries: Sequence[Query], seed: int = 0) -> OrderLeak | None:
+    """Measure what an order gives away; None if no query has a target in the gallery.
+
+    Args:
+        ids: the gallery in that order.
+        queries: with their targets.
+        seed: of the random orders.
+    """
+    position = {id: n for n, id in enumerate(ids)}
     pairs = [
         (q, position[query.reference], position[target])
-        for q, query in enumerate(draft.queries)
+        for q, query in enumerate(queries)
         if query.reference in position
         for target in query.targets
         if target in position and target != query.reference
@@ -52,7 +59,7 @@ def order_leak(draft: Draft, seed: int = 0) -> OrderLeak | None:
         return None
     query_P, reference_P, target_P = np.array(pairs, dtype=np.int64).T
     starts = np.flatnonzero(np.diff(query_P, prepend=-1))
-    size = len(draft.images)
+    size = len(ids)
 
     def best_ranks(place: Ints) -> Ints:
         ranks = position_ranks(place[reference_P], place[target_P], size)

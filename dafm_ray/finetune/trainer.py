@@ -6,7 +6,7 @@ them. A run of the same output folder goes on from its last checkpoint.
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dafm_ray.config import FinetuneConfig, parse_config
+from dafm_ray.datasets.base import label_of
 from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import ConfigError, DataError, unknown
 from dafm_ray.finetune.losses import in_batch_contrastive
 from dafm_ray.finetune.triplets import Batch, Triplets, epoch_batches, load_batches, shifted
 from dafm_ray.finetune.validation import validation_recall
 from dafm_ray.models.base import Contrast, FrozenModel
+from dafm_ray.models.checkpoints import TRAINED_ON, trained_on
 from dafm_ray.models.registry import resolve
 from dafm_ray.progress import status_line
 from dafm_ray.runs import STATUS, claim, refuse_larger, run_workers
@@ -269,18 +271,29 @@ def finetune(config: FinetuneConfig) -> Path:
         state = torch.load(Path(folder) / "state.pt", weights_only=True)
         history = json.loads((Path(folder) / "history.json").read_text())
     start.module.load_state_dict(state["best"])
-    save_weights(start, out / "weights.safetensors")
+    train = config.train
+    label = label_of(train.name, train.split, train.category, train.root)
+    seen = trained_on(config.model.partition("@")[2])
+    save_weights(start, out / "weights.safetensors", learned_from=[*seen, label])
     (out / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     return out / "weights.safetensors"
 
 
-def save_weights(model: FrozenModel, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a model's weights with what its family needs to build it again."""
+def save_weights(
+    model: FrozenModel,
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    learned_from: Sequence[str] = (),
+) -> None:
+    """Write a model's weights with what its family needs to build it again, and the labels of the
+    data sets it learned from.
+    """
     tensors = {
         key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         for key, tensor in model.module.state_dict().items()
     }
-    header = {key: json.dumps(value) for key, value in model.header().items()}
+    values = {**model.header(), TRAINED_ON: list(learned_from)}
+    header = {key: json.dumps(value) for key, value in values.items()}
     save_file(tensors, path, metadata=header)
 
 

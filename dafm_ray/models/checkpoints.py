@@ -26,6 +26,10 @@ _MAGIC = (b"P", b"\x80")
 """First byte of what torch.save writes now (zip), and of any pickle, as it wrote before 1.6."""
 
 
+TRAINED_ON = "trained_on"
+"""Key of a safetensors header: labels of the data sets that the weights learned from."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The tensors of one or more weights files.
@@ -123,6 +127,21 @@ def weights_digest(location: str) -> str:
         with _local_path(part).open("rb") as file:
             hasher.update(hashlib.file_digest(file, "sha256").digest())
     return hasher.hexdigest()
+
+
+def trained_on(location: str) -> list[str]:
+    """What our own weights files say they learned from; nothing where a file says nothing, or is
+    not at hand.
+    """
+    found: list[str] = []
+    for part in location.split("+"):
+        if part.endswith(".safetensors"):
+            try:
+                with safe_open(_local_path(part), framework="pt") as file:
+                    found += _as_json((file.metadata() or {}).get(TRAINED_ON, "[]"))
+            except (DataError, SafetensorError):
+                continue
+    return list(dict.fromkeys(found))
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -119,7 +119,9 @@ def test_by_command_as_rank_ranks(tmp_path, store, capsys, options):
     assert main(["rank", store.uri, "--out", str(file), *named]) == 0
     assert capsys.readouterr().out.strip() == name.replace(str(out), str(file))
     assert lists_of(out, "recall") == first_ranked(file)
-    assert main(["submission", "check", *(str(out / f"{m}.json") for m in LENGTHS)]) == 0
+    files = [str(out / f"{metric}.json") for metric in LENGTHS]
+    assert main(["submission", "check", *files]) == DataError.exit_code
+    assert "it holds 12 lists, and test1 has 4,148 queries" in capsys.readouterr().out
 
 
 def test_refusals_by_command(tmp_path, store, capsys):

@@ -1,0 +1,1 @@
+"""One file an audit; `base` is what they share."""
