@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dafm_ray.evaluation.metrics import Scores
+from dafm_ray.evaluation.metrics import Ints, Scores
 
 Normalise = Callable[[Scores], Scores]
 
@@ -36,20 +36,40 @@ def dbsf(scores: Scores) -> Scores:
 
 def rank(scores: Scores) -> Scores:
     """1 for the first candidate, falling by 1 / number of candidates; ties in stored order."""
-    ranks = ranks_of(scores)
-    count = (~np.isnan(scores)).sum(axis=-1, keepdims=True)
-    normalised: Scores = 1 - (ranks - 1) / np.maximum(count, 1).astype(scores.dtype)
-    return normalised
+    return shares_of(ranks_of(scores))
+
+
+def shares_of(ranks: Scores) -> Scores:
+    """Ranks as `rank` counts them, in the precision of the ranks."""
+    count = (~np.isnan(ranks)).sum(axis=-1, keepdims=True)
+    shares: Scores = 1 - (ranks - 1) / np.maximum(count, 1).astype(ranks.dtype)
+    return shares
 
 
 def ranks_of(scores: Scores) -> Scores:
     """1-based ranks in descending order, ties in stored order; NaN stays NaN."""
-    order = np.argsort(np.where(np.isnan(scores), -np.inf, scores) * -1, axis=-1, kind="stable")
+    order = _descending(scores)
     ranks = np.empty(scores.shape, dtype=scores.dtype)
     places = np.arange(1, scores.shape[-1] + 1, dtype=scores.dtype)
     np.put_along_axis(ranks, order, np.broadcast_to(places, scores.shape), axis=-1)
-    ranks[np.isnan(scores)] = np.nan
+    np.copyto(ranks, np.nan, where=np.isnan(scores))
     return ranks
+
+
+def _descending(scores: Scores) -> Ints:
+    """Positions from the highest score to the lowest, ties in stored order, NaN last."""
+    if scores.dtype != np.float32:
+        return np.argsort(-scores, axis=-1, kind="stable")
+    # Whole numbers sort much faster: the bits of a score, which 0 - x gives one zero, mapped to the
+    # order of scores; below them its position.
+    bits = np.where(np.isnan(scores), np.float32(np.nan), 0 - scores).view(np.int32)
+    bits ^= (bits >> 31) & np.int32(0x7FFFFFFF)
+    keys = bits.astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(scores.shape[-1])
+    keys.sort(axis=-1)
+    keys &= 0xFFFFFFFF
+    return keys
 
 
 def _divide(scores: Scores, scale: Scores) -> Scores:

@@ -16,6 +16,7 @@ from dafm_ray.evaluation.metrics import (
 from dafm_ray.evaluation.protocols import Protocol
 from dafm_ray.evaluation.summary import SystemRanks
 from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.kept import Kept
 from dafm_ray.fusion.static import Single
 from dafm_ray.progress import Progress
 from dafm_ray.tiles.store import TileStore
@@ -128,8 +129,14 @@ def rank_systems(
 
 def top_candidates(scores_BN: Scores, k: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
     """(B, k) positions of the first candidates, ties in stored order; -1 where none is left."""
-    descending = np.where(np.isnan(scores_BN), np.inf, -scores_BN)
-    first = np.full((len(descending), min(k, descending.shape[1])), -1, dtype=np.int64)
+    first = np.full((len(scores_BN), min(k, scores_BN.shape[1])), -1, dtype=np.int64)
+    ranked_BN = scores_BN > -np.inf
+    if 2 * np.count_nonzero(ranked_BN) < ranked_BN.size:
+        ranked = Kept.of(ranked_BN)
+        order = np.argsort(-ranked.gather(scores_BN), axis=1, kind="stable")[:, :k]
+        first[:, : order.shape[1]] = np.take_along_axis(ranked.columns(), order, axis=1)
+        return first
+    descending = np.where(ranked_BN, -scores_BN, np.inf)
     for row, values_N in zip(first, descending, strict=True):
         last = np.partition(values_N, len(row) - 1)[len(row) - 1]
         # All that tie with the last, so that the stored order decides between them.

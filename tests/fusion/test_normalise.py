@@ -54,3 +54,9 @@ def test_ranks_break_ties_by_stored_order(scores):
     for row, ranks in zip(scores, ranks_of(scores), strict=True):
         expected = sorted(range(len(row)), key=lambda n: (-row[n], n))
         assert [int(ranks[n]) for n in expected] == list(range(1, len(row) + 1))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_ranks_of_zeros_infinities_and_missing_scores(dtype):
+    scores = np.array([-np.inf, -0.0, np.nan, 0.0, -np.nan, np.inf, -1], dtype=dtype)
+    np.testing.assert_equal(ranks_of(scores), [5, 2, np.nan, 3, np.nan, 1, 4])

@@ -59,3 +59,10 @@ def test_kept_references_are_ranked(tmp_path):
 def test_top_candidates_break_ties_by_stored_order_and_leave_masked_ones_out():
     scores = np.array([[1, 3, 3, np.nan], [np.nan, np.nan, 5, np.nan]], dtype=np.float32)
     assert top_candidates(scores, 3).tolist() == [[1, 2, 0], [2, -1, -1]]
+
+
+def test_top_candidates_of_rank_lists_break_ties_by_stored_order():
+    scores = np.full((2, 9), np.nan, dtype=np.float32)
+    scores[0, [2, 5, 7]] = 1, 3, 3
+    assert top_candidates(scores, 2).tolist() == [[5, 7], [-1, -1]]
+    assert top_candidates(scores, 4).tolist() == [[5, 7, 2, -1], [-1, -1, -1, -1]]

@@ -102,3 +102,18 @@ def test_borda_ties_wherever_the_ranks_have_the_same_sum(seed, candidates, model
     sums = ranks.sum(axis=0)
     assert np.array_equal(fused[:, None] == fused[None], sums[:, None] == sums[None])
     assert np.array_equal(fused[:, None] > fused[None], sums[:, None] < sums[None])
+
+
+@pytest.mark.parametrize("name", STATIC_FUSIONS)
+@given(seed=st.integers(0, 1000))
+def test_candidates_that_no_list_names_change_nothing(name, seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 4, (3, 4, 9)).astype(np.float32)
+    scores[rng.random(scores.shape) < 0.5] = NAN
+    lists = np.full((3, 4, 40), NAN, dtype=np.float32)
+    named = np.sort(rng.permutation(40)[:9])
+    lists[:, :, named] = scores
+    straight = static_fusion(name)(scores, np.arange(4))
+    fused = static_fusion(name)(lists, np.arange(4))
+    np.testing.assert_allclose(fused[:, named], straight, atol=1e-6)
+    assert np.isnan(np.delete(fused, named, axis=1)).all()
