@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dafm_ray.datasets.base import Gallery
+from dafm_ray.evaluation import metrics
 from dafm_ray.evaluation.metrics import (
     UNRANKED,
     TargetRanks,
@@ -155,3 +156,13 @@ def test_blocks_of_queries_join():
     joined = TargetRanks.concatenate(parts)
     assert joined.stored.tolist() == whole.stored.tolist()
     assert joined.average_precision(5).tolist() == whole.average_precision(5).tolist()
+
+
+def test_ranks_do_not_depend_on_how_many_scores_are_compared_at_a_time(monkeypatch):
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 5, (9, 300)).astype(np.float32)
+    targets = rng.permutation(300)[:18].reshape(9, 2)
+    whole = rank_targets(scores, targets)
+    monkeypatch.setattr(metrics, "BLOCK_SCORES", 700)
+    assert rank_targets(scores, targets).all_targets.tolist() == whole.all_targets.tolist()
+    assert rank_targets(scores, targets).tied_others.tolist() == whole.tied_others.tolist()
