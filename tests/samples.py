@@ -114,11 +114,27 @@ def score_store(
     signal: float = 1.0,
 ) -> TileStore:
     """A complete store whose scores are noise plus `signal` on the target."""
-    entries = {name: ModelEntry(f"test:{name}@random", name) for name in models}
+    return matrix_store(
+        root,
+        dataset,
+        {f"test:{n}@random": score_matrix(dataset, seed + m, signal) for m, n in enumerate(models)},
+        grid,
+    )
+
+
+def matrix_store(
+    root: Path | str,
+    dataset: Dataset,
+    matrices: dict[str, np.ndarray],
+    grid: Grid = Grid(4, 5, 7),  # noqa: B008
+) -> TileStore:
+    """A complete store of (Q, N) scores; `family:NAME@weights` -> those of NAME."""
+    names = {id: id.partition("@")[0].partition(":")[2] for id in matrices}
+    entries = {name: ModelEntry(id, name) for id, name in names.items()}
     spec = {"name": dataset.name, "split": dataset.split, "root": ""}
     store = TileStore.create(str(root), dataset, spec, entries, grid, "float32")
-    for m, name in enumerate(models):
-        scores_QN = score_matrix(dataset, seed + m, signal)
+    for id, scores_QN in matrices.items():
+        name = names[id]
         for q, rows in enumerate(store.tile_rows):
             for n, columns in enumerate(store.tile_columns):
                 tile = scores_QN[rows.start : rows.stop, columns.start : columns.stop]

@@ -197,10 +197,13 @@ class Inputs:
 
     def _in_order(self, values_MBN: Scores) -> Tensor:
         """(B, N, M) in the order of the network's models, from that of the store's."""
-        ordered_BNM = torch.zeros(*values_MBN.shape[1:], len(self.channels.models))
-        for values_BN, name in zip(values_MBN, self.store.models, strict=True):
+        in_order_BNM = torch.from_numpy(values_MBN).permute(1, 2, 0)
+        if self.store.models == self.channels.models:
+            return in_order_BNM
+        ordered_BNM = torch.zeros(*in_order_BNM.shape[:2], len(self.channels.models))
+        for m, name in enumerate(self.store.models):
             if name in self.channels.models:
-                ordered_BNM[..., self.channels.models.index(name)] = torch.from_numpy(values_BN)
+                ordered_BNM[..., self.channels.models.index(name)] = in_order_BNM[..., m]
         return ordered_BNM
 
     def _references(self, rows_B: Ints) -> Ints:

@@ -28,7 +28,6 @@ def audit_duplicates(store: TileStore) -> Audit:
     unfair = [query.id for query in store.queries if _has_twin_beside_targets(query, twin_of)]
     repeated = [[store.queries[q] for q in same] for same in asked_twice(store.queries)]
     contrary = [same for same in repeated if len({frozenset(q.targets) for q in same}) > 1]
-    alike = sum(map(len, twins))
     found: dict[str, list[list[str]]] = {
         "candidates with a twin": twins,
         "queries whose target has a twin that is no target": [[id] for id in unfair],

@@ -59,7 +59,7 @@ def audit_order(what: str, named: DatasetConfig) -> Audit:
         else f"{title}: the order of its files gives no target away."
     ]
     if SORTED in leaking:
-        notes.append(f"Sorting images by id leaks as well ({leaking[SORTED]}): ids are no shuffle.")
+        notes.append(f"Sorted by id the images leak ({leaking[SORTED]}): ids are no shuffle.")
     text = (
         "Candidates ranked by their distance to the reference in an order, forward before "
         f"backward; no pixel and no word. p: one-sided permutation test of R@{JUDGED}."

@@ -1,0 +1,51 @@
+import pytest
+
+from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.report.audits.modality import audit_modality
+from tests.samples import labelled_dataset, matrix_store, score_matrix, score_store
+
+SIGNALS = {"test:both": 1.8, "zeroshot:image": 1.0, "zeroshot:text": 0.2}
+
+
+@pytest.fixture
+def store(tmp_path):
+    dataset = labelled_dataset(60, 90)
+    matrices = {
+        f"{id}@random": score_matrix(dataset, n, signal)
+        for n, (id, signal) in enumerate(SIGNALS.items())
+    }
+    return matrix_store(tmp_path / "s", dataset, matrices)
+
+
+def test_models_of_one_modality_are_known_by_their_family(store):
+    found = audit_modality(store)
+    judged = found.details["R@10"]
+    assert found.table.header[-2] == "both"
+    assert 90 > judged["composed"] > judged["image"] > judged["text"] > 0
+    assert max(judged["image"], judged["text"]) <= judged["either"] <= 90
+    assert judged["composed_rest"] <= 90 - judged["either"]
+    assert "image or text" in found.notes[0]
+
+
+def test_models_may_be_named(store):
+    swapped = audit_modality(store, image_only="text", text_only="image").details["R@10"]
+    plain = audit_modality(store).details["R@10"]
+    assert (swapped["image"], swapped["text"]) == (plain["text"], plain["image"])
+    with pytest.raises(ConfigError, match="did you mean 'image'"):
+        audit_modality(store, image_only="imge")
+
+
+def test_a_missing_modality_is_said(store):
+    found = audit_modality(store.of(["both", "image"]))
+    assert "No system sees the text alone" in found.notes[1]
+    assert {row[2] for row in found.table.rows} == {"-"}
+
+
+def test_nothing_of_one_modality_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no system of one modality; add zeroshot:image"):
+        audit_modality(score_store(tmp_path / "s", labelled_dataset(20, 9)))
+
+
+def test_nothing_that_composes_is_refused(store):
+    with pytest.raises(DataError, match="no system of both modalities"):
+        audit_modality(store.of(["image", "text"]))
