@@ -2,16 +2,14 @@
 
 import statistics
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import seconds
+from benchmarks.measure import most_memory, seconds
 from dafm_ray.config import FusionConfig, NegativesConfig, Recipe
 from dafm_ray.datasets.base import Dataset, Gallery, Query
 from dafm_ray.fusion.fit import fit, members_of
@@ -31,7 +29,6 @@ LITERAL_QUERIES, LITERAL_STEPS = 64, 20
 
 RANKED, TOP, RANKINGS = 20_000, 50, 200
 TRAINED = 28_225
-STATUS = Path("/proc/self/status")
 
 
 class _NoImages:
@@ -203,31 +200,13 @@ def memory() -> float:
     with scores(TRAINED, CANDIDATES, labelled=2 * BATCH) as store:
         recipe = Recipe(epochs=1, batch=BATCH)
         config = FusionConfig(store=store.uri, out=store.uri, recipe=recipe)
-        before = _anonymous_mb()
-        with _highest() as highest:
+        with most_memory() as added:
             stores = open_stores(config)
             members = build(config, prepare(config, stores))
             fit(members, open_inputs(config, stores), folds_of(config, stores), recipe)
-        tile_mb = store.manifest.grid.tile_queries * CANDIDATES * 2 / 1e6
-        return highest[0] - before - tile_mb
+        return added[0] - tile_mb(store)
 
 
-def _anonymous_mb() -> float:
-    [line] = [row for row in STATUS.read_text().splitlines() if row.startswith("RssAnon")]
-    return int(line.split()[1]) / 1e3
-
-
-@contextmanager
-def _highest() -> Iterator[list[float]]:
-    """The largest anonymous memory while the block runs."""
-    found, ended = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.02):
-            found[0] = max(found[0], _anonymous_mb())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    yield found
-    ended.set()
-    thread.join()
+def tile_mb(store: TileStore) -> float:
+    """The largest tile."""
+    return store.manifest.grid.tile_queries * store.size("gallery") * 2 / 1e6

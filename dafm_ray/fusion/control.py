@@ -16,8 +16,8 @@ from dafm_ray.fusion.rank import scores_of
 from dafm_ray.fusion.static import static_fusion
 from dafm_ray.tiles.store import TileStore
 
-SAMPLE = 512
-"""Queries on which the strength of the noise is searched."""
+SAMPLE, SAMPLE_SCORES = 512, 2_000_000
+"""Queries on which the strength of the noise is searched, fewer where galleries are large."""
 
 LARGEST, HALVINGS = 8.0, 10
 """Of the search; in standard deviations of a query's scores."""
@@ -66,7 +66,8 @@ def noisy_copies(store: TileStore, k: int, seed: int = 0) -> list[Noisy]:
     """
     base = static_fusion("mean@zscore")
     labelled = [q for q, query in enumerate(store.queries) if query.targets]
-    rows_B = np.sort(np.random.default_rng(seed).permutation(labelled)[:SAMPLE])
+    size = max(1, min(SAMPLE, SAMPLE_SCORES // store.size("gallery")))
+    rows_B = np.sort(np.random.default_rng(seed).permutation(labelled)[:size])
     scores_MBN = scores_of(store, rows_B)
     targets_BT = columns_of([store.queries[q].targets for q in rows_B], store.positions)
 
