@@ -97,6 +97,7 @@ class Description:
         label: protocol of the stores, as `cirr`.
         mode: of the temperature.
         model_dropout: probability of a missing model in training.
+        stacked: models whose weights say that they learned from the queries of a store.
         metrics: system -> metric -> percent, of the report made at the end of training.
     """
 
@@ -117,6 +118,7 @@ class Description:
     label: str
     mode: str
     model_dropout: float
+    stacked: tuple[str, ...] = ()
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -341,6 +343,11 @@ class Fitted:
             notes.append(
                 f"{self.learned.name}: its numbers compare with no others, because the network may "
                 "see what a ranking must not depend on (docs/fusion.md, the order leak)."
+            )
+        if self.about.stacked:
+            notes.append(
+                f"Stacking leak: {self.learned.name} learned from queries that "
+                f"{', '.join(self.about.stacked)} learned from, so it trusts them too much."
             )
         if self.out_of_fold:
             notes.append(

@@ -34,6 +34,7 @@ from dafm_ray.fusion.inputs import Channels, Inputs
 from dafm_ray.fusion.lightfusion import LightFusion, Shape
 from dafm_ray.fusion.rank import masked_scores
 from dafm_ray.fusion.reference import References
+from dafm_ray.fusion.stacking import has_seen
 from dafm_ray.fusion.temperature import in_score_units
 from dafm_ray.progress import status_line
 from dafm_ray.runs import STATUS, claim, refuse_larger, run_workers
@@ -257,6 +258,9 @@ def artefact_of(
         label=stores[0].manifest.protocol,
         mode=config.recipe.temperature,
         model_dropout=config.recipe.model_dropout,
+        stacked=tuple(
+            name for name in plan.models if any(has_seen(store, name) for store in stores)
+        ),
     )
     fold_of = tuple(
         {query.id: int(fold) for query, fold in zip(store.queries, folds, strict=True)}

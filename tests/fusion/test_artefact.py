@@ -3,6 +3,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dafm_ray.cli import main
 from dafm_ray.config import FusionConfig, NetworkConfig, Recipe
@@ -22,8 +24,9 @@ from dafm_ray.fusion.train import (
     prepare,
     traces_of,
 )
+from dafm_ray.models.checkpoints import TRAINED_ON
 from dafm_ray.tiles.manifest import Grid
-from tests.samples import labelled_dataset, score_store
+from tests.samples import labelled_dataset, matrix_store, score_matrix, score_store
 
 MODELS = ("a", "b")
 GRID = Grid(64, 30, 80)
@@ -176,3 +179,19 @@ def test_a_bank_is_not_added_to_a_trained_fusion(tmp_path, categories, capsys):
     name = f"{tmp_path / 'net'}+bank"
     assert main(["evaluate", categories[0].uri, "--out", out, "--fusion", name]) == 2
     assert "takes no +bank" in capsys.readouterr().err
+
+
+def test_a_model_that_learned_from_the_same_queries_is_said_in_every_report(tmp_path):
+    dataset = labelled_dataset(60, 70, split="train")
+    weights = tmp_path / "b.safetensors"
+    header = {TRAINED_ON: json.dumps(["labelled train"])}
+    save_file({"w": torch.zeros(1)}, weights, metadata=header)
+    matrices = {
+        "test:a@random": score_matrix(dataset, 0, 2.0),
+        f"test:b@{weights}": score_matrix(dataset, 1, 2.0),
+    }
+    store = matrix_store(tmp_path / "s", dataset, matrices, GRID)
+    fusion = trained(tmp_path / "out", store)
+    assert fusion.about.stacked == ("b",)
+    [note] = [note for note in fusion.on(store).notes if note.startswith("Stacking leak")]
+    assert "that b learned from" in note

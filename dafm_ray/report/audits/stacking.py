@@ -1,11 +1,9 @@
 """Were the models trained on the queries that a fusion is to learn from?"""
 
-from dafm_ray.datasets.base import label_of
 from dafm_ray.errors import DataError
 from dafm_ray.evaluation.audit import FIRST, Shift, shift
 from dafm_ray.fusion.rank import singles
-from dafm_ray.models.checkpoints import trained_on
-from dafm_ray.models.registry import resolve
+from dafm_ray.fusion.stacking import has_seen, learned_from
 from dafm_ray.report.audits.base import Audit, counted_ranks, labelled
 from dafm_ray.report.findings import Section
 from dafm_ray.tiles.store import TileStore
@@ -24,13 +22,10 @@ def audit_stacking(store: TileStore, held_out: TileStore | None = None) -> Audit
     Raises:
         DataError: other models or weights in the other store.
     """
-    spec = store.manifest.dataset
-    label = label_of(spec["name"], spec["split"], spec.get("category", ""), spec.get("root", ""))
     rows, details, leaks, suspects = [], {}, [], []
     shifts = {} if held_out is None else _shifts(store, held_out)
     for name in store.models:
-        known = _training_data(store, name)
-        seen = label in known
+        known, seen = learned_from(store, name), has_seen(store, name)
         leaks += [name] if seen else []
         cells = [", ".join(known) or "not recorded", "LEAK" if seen else "-"]
         if (found := shifts.get(name)) is not None:
@@ -79,9 +74,3 @@ def _shifts(store: TileStore, held_out: TileStore) -> dict[str, Shift]:
         here.name: shift(here.ranks, there.ranks, sizes, groups)
         for here, there in zip(*both, strict=True)
     }
-
-
-def _training_data(store: TileStore, name: str) -> list[str]:
-    """Titles of what a model's weights say they were trained on."""
-    entry = store.manifest.models[name]
-    return [] if entry.is_made_elsewhere else trained_on(resolve(entry.id)[1].weights)
