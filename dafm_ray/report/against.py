@@ -63,7 +63,7 @@ class Against:
             "metrics.json has every metric."
         )
         header = ("here", "there", *metrics, f"win/tie/loss at {HEADLINE}")
-        return Section(f"Against {self.run}", text, header, rows)
+        return Section(f"Against {self.run}", text, header, rows, words=2)
 
     def to_json(self) -> dict[str, Any]:
         """For `metrics.json`."""

@@ -151,7 +151,7 @@ def recall_figure(ranks: Mapping[str, Ints], caption: str) -> Figure:
         axes.set_xlabel("K")
         axes.set_ylabel("Recall@K (%)")
         axes.grid(color="0.9")
-        axes.legend(fontsize=8)
+        drawn.drawing.legend(fontsize=8, loc="outside right upper")
     return drawn.figure
 
 

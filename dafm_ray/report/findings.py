@@ -10,12 +10,13 @@ from dafm_ray.report.figures import Figure
 
 @dataclass(frozen=True)
 class Section:
-    """A table of the page, with its title and what it is of."""
+    """A table of the page, with its title and what it is of; `words` leading columns hold words."""
 
     title: str
     text: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    words: int = 1
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def contributions(
         "Holm's correction. A model whose loss costs nothing need not be run."
     )
     header = ("without", "fusion", HEADLINE, "difference")
-    return [Section("What each model is worth", text, header, tuple(rows))]
+    return [Section("What each model is worth", text, header, tuple(rows), words=2)]
 
 
 def breakdown(

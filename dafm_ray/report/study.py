@@ -15,7 +15,7 @@ from dafm_ray.fusion.train import open_stores
 from dafm_ray.fusion.trial import Trial
 from dafm_ray.fusion.tune import Studied, run_study
 from dafm_ray.markdown import markdown_table
-from dafm_ray.report.choice import BASELINE, choose_network, choose_static, written
+from dafm_ray.report.choice import BASELINE, choose_network, choose_static, spoken, written
 from dafm_ray.report.figures import write_figures
 from dafm_ray.report.findings import Findings, Section, write_csv
 from dafm_ray.report.lattice import find_in_orders
@@ -66,9 +66,15 @@ def _written(studied: Studied, storage: Storage, root: Path) -> StudyReport:
     if failures:
         notes.append(f"{failures} of {len(studied.trials)} trials failed; the table says why.")
     header, rows = _trial_table(studied)
+    words = 1 + len(studied.keys)
+    shown = [
+        (trial.name, spoken(trial), *row[words:])
+        for trial, row in zip(studied.ordered, rows, strict=True)
+    ]
     pq.write_table(_parquet(studied), root / "trials.parquet")
     write_csv(root / "trials.csv", header, rows)
-    trials = Section("Trials", _where(studied), tuple(header), tuple(map(tuple, rows)))
+    titles = ("trial", "setting", *header[words:])
+    trials = Section("Trials", _where(studied), titles, tuple(shown), words=2)
     page = rendered(
         "study.html.j2",
         title=joint_title([store.manifest for store in open_stores(studied.study.base)]),
@@ -80,7 +86,7 @@ def _written(studied: Studied, storage: Storage, root: Path) -> StudyReport:
     )
     (root / "report.html").write_text(page, encoding="utf-8")
     write_figures(findings.figures, root)
-    table = markdown_table(header, rows, 1 + len(studied.keys))
+    table = markdown_table(header, rows, words)
     return StudyReport(table, tuple(notes), storage.uri, failures)
 
 
