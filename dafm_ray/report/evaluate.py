@@ -38,7 +38,7 @@ from dafm_ray.report.notes import footing_notes, summary_notes
 from dafm_ray.report.page import render
 from dafm_ray.report.ranked import rank_all
 from dafm_ray.report.results import result_table
-from dafm_ray.report.sections import breakdown, contributions
+from dafm_ray.report.sections import breakdown, contributions, write_sections
 from dafm_ray.report.stores import refuse_unlike
 from dafm_ray.report.tables import Table, to_csv, to_latex, to_markdown
 from dafm_ray.tiles.manifest import Manifest
@@ -59,7 +59,7 @@ def evaluate(config: EvaluateConfig, opened: Sequence[TileStore] | None = None) 
     """Evaluate all sub-models and fusions of a store, or of several stores together.
 
     Writes `metrics.json`, `table.md`, `table.csv`, `table.tex`, `ranks.parquet`, `report.html`,
-    `figures/` and the resolved `config.yaml` to `config.out`.
+    `figures/`, `tables/` (the smaller tables) and the resolved `config.yaml` to `config.out`.
 
     Args:
         config: the job.
@@ -131,6 +131,7 @@ def evaluate(config: EvaluateConfig, opened: Sequence[TileStore] | None = None) 
         for name, text in files.items():
             (out / name).write_text(text, encoding="utf-8")
         write_figures(figures, out)
+        write_sections(sections, out)
         pq.write_table(_ranks_table(queries, ranked.systems), out / RANKS)
     return Evaluation(table, out / "report.html", len(failures), (*notes, *footing))
 

@@ -1,6 +1,8 @@
 """Tables below the result table: what each model is worth, and where systems differ."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -11,8 +13,11 @@ from dafm_ray.evaluation.significance import Paired, Resampling, compare
 from dafm_ray.evaluation.slices import slices
 from dafm_ray.evaluation.summary import Summary
 from dafm_ray.fusion.ablation import Without
-from dafm_ray.report.findings import Section
-from dafm_ray.report.tables import ABSENT, Table
+from dafm_ray.report.findings import Section, write_csv
+from dafm_ray.report.tables import ABSENT, Table, latex, latex_table, line
+
+TABLES = "tables"
+"""Folder of the smaller tables beside a report."""
 
 
 def points(paired: Paired) -> str:
@@ -93,6 +98,17 @@ def breakdown(
     names = tuple(one.system.name for one in shown)
     header = ("queries", "number", *names, "difference", "win/tie/loss")
     return [Section("Where it helps", text, header, tuple(rows))] if rows else []
+
+
+def write_sections(sections: Sequence[Section], folder: Path) -> None:
+    """Write each table as CSV and LaTeX to `tables` in a folder, named after its title."""
+    (folder / TABLES).mkdir(exist_ok=True)
+    for section in sections:
+        name = re.sub(r"[^a-z0-9]+", "_", section.title.lower()).strip("_")
+        write_csv(folder / TABLES / f"{name}.csv", section.header, section.rows)
+        lines = [line(map(latex, row)) for row in section.rows]
+        text = latex_table(section.text, section.header, lines, section.words)
+        (folder / TABLES / f"{name}.tex").write_text(text, encoding="utf-8")
 
 
 def _only(summary: Summary, queries: np.ndarray) -> Floats:

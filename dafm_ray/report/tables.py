@@ -2,9 +2,8 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dafm_ray.evaluation.overlap import Overlap
 from dafm_ray.evaluation.protocols import HEADLINE
@@ -208,8 +207,8 @@ def to_latex(table: Table) -> str:
             bold = rf"\textbf{{{number}}}" if table.is_best(row, metric) else number
             marks = "".join(_LATEX_MARKS[mark] for mark in table.marks(row, metric))
             cells.append(f"{bold}$^{{{marks}}}$" if marks else bold)
-        lines.append(_line([*map(latex, table.words(row)), *cells, table.comparison(row)]))
-    others = [_line(map(latex, cells)) for cells in table.published_cells()]
+        lines.append(line([*map(latex, table.words(row)), *cells, table.comparison(row)]))
+    others = [line(map(latex, cells)) for cells in table.published_cells()]
     if others:
         others = [r"\midrule", *others]
     return latex_table(f"{table.caption} {table.legend}", table.header(), [*lines, *others], _WORDS)
@@ -223,7 +222,7 @@ def latex_table(caption: str, header: Sequence[str], lines: Sequence[str], words
             rf"\caption{{{latex(caption)}}}",
             rf"\begin{{tabular}}{{{'l' * words}{'r' * (len(header) - words)}}}",
             r"\toprule",
-            _line(map(latex, header)),
+            line(map(latex, header)),
             r"\midrule",
             *lines,
             r"\bottomrule",
@@ -234,7 +233,8 @@ def latex_table(caption: str, header: Sequence[str], lines: Sequence[str], words
     )
 
 
-def _line(cells: Any) -> str:
+def line(cells: Iterable[str]) -> str:
+    """A row of LaTeX."""
     return " & ".join(cells) + r" \\"
 
 

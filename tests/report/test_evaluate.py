@@ -22,6 +22,7 @@ FILES = {
     "ranks.parquet",
     "config.yaml",
     "figures",
+    "tables",
 }
 
 

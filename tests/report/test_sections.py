@@ -81,6 +81,15 @@ def test_every_category_and_length_has_its_row(measured):
         assert float(row[3]) == pytest.approx(100 * best[dresses].mean(), abs=0.006)
 
 
+def test_they_are_files_too(measured):
+    folder = measured[-1].report.parent / "tables"
+    names = {path.name for path in folder.iterdir()}
+    assert {"what_each_model_is_worth.csv", "where_it_helps.tex"} <= names
+    first = (folder / "what_each_model_is_worth.csv").read_text().splitlines()[1]
+    assert first.startswith("noise,mean@zscore,")
+    assert r"\toprule" in (folder / "where_it_helps.tex").read_text()
+
+
 def test_the_report_shows_them(measured):
     text = measured[-1].report.read_text(encoding="utf-8")
     assert "What each model is worth" in text

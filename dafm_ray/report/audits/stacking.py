@@ -57,7 +57,7 @@ def audit_stacking(store: TileStore, held_out: TileStore | None = None) -> Audit
             if suspects
             else f"No model is better on {title} than on {theirs} beyond chance."
         )
-    section = Section("Stacking", text, header, tuple(rows))
+    section = Section("Stacking", text, header, tuple(rows), words=3)
     return Audit(title, tuple(notes), section, leaks=bool(leaks), details=details)
 
 
