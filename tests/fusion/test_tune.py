@@ -77,7 +77,7 @@ def test_a_study_is_tried_once_chosen_from_and_reported(tmp_path, store, capsys)
         assert chosen.recipe.learning_rate == learning_rate
     page = (out / "report.html").read_text()
     assert "is not below the scaling factor" in page
-    assert page.count("<svg") >= 3
+    assert page.count("data:image/svg+xml") >= 3
     metrics = json.loads((out / "report" / "metrics.json").read_text())
     assert metrics["queries"] < 90
     assert "others are left out" in metrics["caption"]
