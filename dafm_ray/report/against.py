@@ -29,12 +29,16 @@ class Run:
 
     Attributes:
         folder: where its files lie.
-        metrics: its `metrics.json`.
+        protocol: of its numbers.
+        policy: of its references.
+        galleries: sorted digests.
         ranks: system -> query id -> (rank, rank in the group); None where there is none.
     """
 
     folder: Path
-    metrics: dict[str, Any]
+    protocol: str
+    policy: str
+    galleries: list[str]
     ranks: dict[str, dict[str, tuple[int | None, int | None]]]
 
 
@@ -92,23 +96,20 @@ def read_run(path: str) -> Run:
         places = (columns["system"], columns["query"], columns["rank"], within)
         for system, query, rank, subset in zip(*places, strict=True):
             ranks.setdefault(system, {})[query] = (rank, subset)
-        protocol, policy = metrics["protocol"], metrics["reference"]
+        galleries = sorted(store["gallery_digest"] for store in metrics["stores"])
+        return Run(folder, metrics["protocol"], metrics["reference"], galleries, ranks)
     except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
-        raise DataError(f"{folder} is no evaluation, or it is damaged: {error}") from None
-    return Run(folder, metrics | {"protocol": protocol, "reference": policy}, ranks)
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{folder} is no evaluation, or it is damaged ({reason})") from None
 
 
 def refuse_unlike_run(run: Run, manifests: Sequence[Manifest], queries: Sequence[Query]) -> None:
     """DataError unless a run ranked the same queries over the same galleries by one protocol."""
     first = manifests[0]
     for what, mine, theirs in (
-        ("protocol", first.protocol, run.metrics["protocol"]),
-        ("reference policy", first.policy, run.metrics["reference"]),
-        (
-            "gallery",
-            sorted(manifest.gallery_digest[:12] for manifest in manifests),
-            sorted(one.get("gallery_digest", "")[:12] for one in run.metrics.get("stores", [])),
-        ),
+        ("protocol", first.protocol, run.protocol),
+        ("reference policy", first.policy, run.policy),
+        ("galleries", sorted(manifest.gallery_digest for manifest in manifests), run.galleries),
     ):
         if mine != theirs:
             raise DataError(

@@ -29,6 +29,7 @@ from dafm_ray.report.cases import case_studies
 from dafm_ray.report.figures import (
     FIGURES,
     ORDERS,
+    Figure,
     read_figure,
     recall_figure,
     temperature_figures,
@@ -104,36 +105,44 @@ def evaluate(config: EvaluateConfig, opened: Sequence[TileStore] | None = None) 
         *contributions(ablations, summaries, resampling),
         *breakdown(counted, table, summaries, resampling),
     ]
-    failures = [failure for store in stores for failure in store.failures()]
+    figures = [_curves(table, summaries), *drawn, *temperature_figures(config.fusions)]
     ranks = [{one.name: _ranks(one.ranks) for one in part} for part in ranked.parts]
     systems = [here.systems for here in ranked.made]
-    studies = case_studies(stores, systems, ranks, (table.top.name, table.single), config)
+    cases = case_studies(stores, systems, ranks, (table.top.name, table.single), config)
+    failures = [failure for store in stores for failure in store.failures()]
     notes = summary_notes(table)
     footing = footing_notes(ranked.made, list(summaries.values()))
-    curves = {name: summaries[name].system.ranks.stored for name in _drawn(table)}
-    figures = [
-        recall_figure(curves, "Recall@K of the single systems and of the best fusion of each kind"),
-        *drawn,
-        *temperature_figures(config.fusions),
-    ]
-    page = render(table, manifests, notes, footing, sections, figures, studies, failures)
+    texts = {
+        METRICS: json.dumps(_metrics(manifests, table, against, config), indent=1) + "\n",
+        "table.md": to_markdown(table),
+        "table.csv": to_csv(table),
+        "table.tex": to_latex(table),
+        "report.html": render(table, manifests, notes, footing, sections, figures, cases, failures),
+        "config.yaml": to_yaml(config),
+    }
     out = Path(config.out)
     with refusals(out):
         out.mkdir(parents=True, exist_ok=True)
-        files = {
-            METRICS: json.dumps(_metrics(manifests, table, against, config), indent=1) + "\n",
-            "table.md": to_markdown(table),
-            "table.csv": to_csv(table),
-            "table.tex": to_latex(table),
-            "report.html": page,
-            "config.yaml": to_yaml(config),
-        }
-        for name, text in files.items():
+        for name, text in texts.items():
             (out / name).write_text(text, encoding="utf-8")
         write_figures(figures, out)
         write_sections(sections, out)
         pq.write_table(_ranks_table(queries, ranked.systems), out / RANKS)
     return Evaluation(table, out / "report.html", len(failures), (*notes, *footing))
+
+
+def _curves(table: Table, summaries: dict[str, Summary]) -> Figure:
+    """Of the single systems, the best static one and every learned one."""
+    drawn = [
+        row.name
+        for row in table.systems
+        if row.kind in ("single", "learned") or row.name == table.static
+    ]
+    macro = summaries[drawn[0]].strata is not None
+    caption = "Recall@K of the single systems, the best static fusion and the learned ones" + (
+        ", over all queries, not averaged by category" if macro else ""
+    )
+    return recall_figure({name: summaries[name].system.ranks.stored for name in drawn}, caption)
 
 
 def _ranks(ranks: TargetRanks | None, queries: int = 0) -> list[int | None]:
@@ -176,15 +185,6 @@ def _metrics(
         "versions": first.versions,
         "config_digest": digest([to_yaml(config)]),
     }
-
-
-def _drawn(table: Table) -> list[str]:
-    """Single systems, the best static one, every learned one."""
-    return [
-        row.name
-        for row in table.systems
-        if row.kind in ("single", "learned") or row.name == table.static
-    ]
 
 
 def _ranks_table(queries: Sequence[Query], ranked: Sequence[SystemRanks]) -> pa.Table:

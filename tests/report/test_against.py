@@ -75,7 +75,7 @@ def test_other_queries_are_refused(weaker, tmp_path):
 
 def test_another_gallery_or_policy_is_refused(weaker, tmp_path):
     gallery = labelled_dataset(61, 90)
-    with pytest.raises(DataError, match=r"has gallery .* one protocol compare"):
+    with pytest.raises(DataError, match=r"has galleries .* one protocol compare"):
         evaluate(replace(config(tmp_path, "gallery", 1.0, gallery), against=weaker.out))
     kept = labelled_dataset(60, 90, policy="keep")
     with pytest.raises(DataError, match="has reference policy 'mask'"):
