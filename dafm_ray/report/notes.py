@@ -39,12 +39,13 @@ def _best(table: Table) -> list[str]:
     if best is single:
         return [*notes, "No fusion is above it."]
     paired = best.vs[single.name]
-    verdict = "significant" if paired.ci95[0] > 0 else "not significant"
+    verdict = "significant at 95 %" if paired.ci95[0] > 0 else "not significant at 95 %"
+    if paired.ci95[0] > 0 and not paired.is_significant:
+        verdict += " alone, but not after Holm's correction over the table"
     return [
         *notes,
         f"Best system: {best.name}, {HEADLINE} {best.metrics[HEADLINE]:.2f} %: "
-        f"{_points(best, single.name)} against {single.name} on the same queries, {verdict} at "
-        "95 %.",
+        f"{_points(best, single.name)} against {single.name} on the same queries, {verdict}.",
     ]
 
 
