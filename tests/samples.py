@@ -126,9 +126,12 @@ def matrix_store(
     root: Path | str,
     dataset: Dataset,
     matrices: dict[str, np.ndarray],
-    grid: Grid = Grid(4, 5, 7),  # noqa: B008
+    grid: Grid | None = None,
 ) -> TileStore:
-    """A complete store of (Q, N) scores; `family:NAME@weights` -> those of NAME."""
+    """A complete store of (Q, N) scores, in one tile a model unless a grid is named;
+    `family:NAME@weights` -> those of NAME.
+    """
+    grid = grid or Grid(64, len(dataset.queries), len(dataset.gallery))
     names = {id: id.partition("@")[0].partition(":")[2] for id in matrices}
     entries = {name: ModelEntry(id, name) for id, name in names.items()}
     spec = {"name": dataset.name, "split": dataset.split, "root": ""}

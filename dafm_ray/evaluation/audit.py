@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import hypot
+from math import erfc, hypot, sqrt
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,10 @@ from dafm_ray.evaluation.significance import Resampling
 
 FIRST = 0.01
 """A target is found where it stands in this share of the gallery, whatever the gallery's size."""
+
+
+Z95 = 1.96
+"""Standard errors in half a 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +99,14 @@ class Shift:
         there: the same of the other queries.
         diff: points.
         ci95: its 95 % interval; the two sets are independent.
+        p: two-sided, of the difference over its standard error.
     """
 
     here: float
     there: float
     diff: float
     ci95: tuple[float, float]
-
-    @property
-    def is_suspicious(self) -> bool:
-        """Whether the model is better here than chance explains."""
-        return self.ci95[0] > 0
+    p: float
 
 
 def shift(
@@ -127,7 +128,8 @@ def shift(
         halves.append((high - low) / 2)
     diff, half = shares[0] - shares[1], hypot(*halves)
     ci95 = round(diff - half, 2), round(diff + half, 2)
-    return Shift(round(shares[0], 2), round(shares[1], 2), round(diff, 2), ci95)
+    p = erfc(abs(diff) / half * Z95 / sqrt(2)) if half else float(diff == 0)
+    return Shift(round(shares[0], 2), round(shares[1], 2), round(diff, 2), ci95, p)
 
 
 class Fingerprints:

@@ -23,8 +23,8 @@ HEAD = ("version", "metric")
 LENGTHS = {"recall": 50, "recall_subset": 3}
 """Metric -> names a query."""
 
-TEST_QUERIES = 4_148
-"""Of test1, the split that the server ranks."""
+SERVED, TEST_QUERIES = "test1", 4_148
+"""The split that the server ranks, and its queries."""
 
 LARGEST = 5_000_000
 """Bytes of a file that the server takes."""

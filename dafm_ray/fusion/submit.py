@@ -1,6 +1,7 @@
 """CIRR test-server files of what a system ranks."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from dafm_ray.errors import DataError
 from dafm_ray.evaluation.metrics import Ints, Scores, columns_of, group_scores
 from dafm_ray.evaluation.submission import SubmissionCheck, check_content
-from dafm_ray.evaluation.submission_format import LENGTHS, submission_text
+from dafm_ray.evaluation.submission_format import LENGTHS, SERVED, TEST_QUERIES, submission_text
 from dafm_ray.files import replacing
 from dafm_ray.fusion.base import Fusion
 from dafm_ray.fusion.rank import masked_scores, top_candidates
@@ -48,6 +49,13 @@ def write_submission(
         if checks[file].faults:
             found = "\n".join(f"  {line}" for line in checks[file].lines())
             raise DataError(f"{file} is not written, the server would refuse it:\n{found}")
+    manifest = store.manifest
+    if manifest.dataset["split"] != SERVED or manifest.queries_size != TEST_QUERIES:
+        note = (
+            f"odd: {manifest.queries_size:,} queries of {manifest.title}; the server ranks the "
+            f"{TEST_QUERIES:,} of {SERVED} and refuses others"
+        )
+        checks = {file: replace(one, notes=(*one.notes, note)) for file, one in checks.items()}
     for file, content in contents.items():
         with replacing(file) as temporary:
             temporary.write_text(content, encoding="utf-8")

@@ -32,6 +32,7 @@ class Run:
         protocol: of its numbers.
         policy: of its references.
         galleries: sorted digests.
+        hits: system -> column -> count, as `metrics.json` has them.
         ranks: system -> query id -> (rank, rank in the group); None where there is none.
     """
 
@@ -39,15 +40,39 @@ class Run:
     protocol: str
     policy: str
     galleries: list[str]
+    hits: dict[str, dict[str, int]]
     ranks: dict[str, dict[str, tuple[int | None, int | None]]]
 
 
 @dataclass(frozen=True)
 class Against:
-    """What changed: our system, theirs, and metric -> comparison."""
+    """What changed.
+
+    Attributes:
+        run: folder of the earlier one.
+        compared: our system, theirs, and metric -> comparison.
+        best: which of these compares the best of each.
+    """
 
     run: str
     compared: list[tuple[str, str, dict[str, Paired]]]
+    best: int
+
+    @property
+    def note(self) -> str:
+        """The best of each in a sentence."""
+        mine, theirs, paired = self.compared[self.best]
+        one = paired[HEADLINE]
+        low, high = one.ci95
+        verdict = "significant" if low > 0 or high < 0 else "not significant"
+        if not one.win and not one.loss:
+            return (
+                f"Against {self.run}: {mine} hits the same queries at {HEADLINE} as {theirs} did."
+            )
+        return (
+            f"Against {self.run}: {mine} is {one.diff:+.2f} points [{low:+.2f}, {high:+.2f}] at "
+            f"{HEADLINE} against {theirs}, the best there, {verdict} at 95 %."
+        )
 
     def section(self) -> Section:
         """As a table."""
@@ -67,7 +92,7 @@ class Against:
             "metrics.json has every metric."
         )
         header = ("here", "there", *metrics, f"win/tie/loss at {HEADLINE}")
-        return Section(f"Against {self.run}", text, header, rows, words=2)
+        return Section("Against an earlier run", text, header, rows, words=2)
 
     def to_json(self) -> dict[str, Any]:
         """For `metrics.json`."""
@@ -97,8 +122,9 @@ def read_run(path: str) -> Run:
         for system, query, rank, subset in zip(*places, strict=True):
             ranks.setdefault(system, {})[query] = (rank, subset)
         galleries = sorted(store["gallery_digest"] for store in metrics["stores"])
-        return Run(folder, metrics["protocol"], metrics["reference"], galleries, ranks)
-    except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
+        hits = {one["name"]: one["hits"] for one in metrics["systems"] if one.get("hits")}
+        return Run(folder, metrics["protocol"], metrics["reference"], galleries, hits, ranks)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, pa.ArrowException) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{folder} is no evaluation, or it is damaged ({reason})") from None
 
@@ -142,7 +168,7 @@ def compare_runs(
         resampling: of the queries.
 
     Raises:
-        DataError: no system to compare with.
+        DataError: no system to compare with, or ranks that contradict the run's own hits.
     """
     rules, categories = summaries[best].protocol, [query.category for query in queries]
     theirs = {
@@ -151,6 +177,14 @@ def compare_runs(
     }
     if not theirs:
         raise DataError(f"{run.folder} holds no system")
+    for name, summary in theirs.items():
+        counted = {column: int(summary.hits(column).sum()) for column in summary.columns}
+        told = run.hits.get(name, {})
+        if counted != {column: told.get(column) for column in counted}:
+            raise DataError(
+                f"{run.folder}: {RANKS} and {METRICS} do not have the same hits for {name}; they "
+                "are damaged, or of two evaluations"
+            )
     top = max(theirs, key=lambda name: (theirs[name].percent(HEADLINE), name))
     names = [(name, name) for name in summaries if name in theirs]
     if (best, top) not in names:
@@ -169,7 +203,8 @@ def compare_runs(
     compared: dict[tuple[str, str], dict[str, Paired]] = {}
     for (mine, other, metric), paired in zip(asked, found, strict=True):
         compared.setdefault((mine, other), {})[metric] = paired
-    return Against(str(run.folder), [(*pair, metrics) for pair, metrics in compared.items()])
+    pairs = [(*pair, metrics) for pair, metrics in compared.items()]
+    return Against(str(run.folder), pairs, list(compared).index((best, top)))
 
 
 def _ranks_of(

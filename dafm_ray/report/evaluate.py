@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def evaluate(config: EvaluateConfig, opened: Sequence[TileStore] | None = None) 
     systems = [here.systems for here in ranked.made]
     cases = case_studies(stores, systems, ranks, (table.top.name, table.single), config)
     failures = [failure for store in stores for failure in store.failures()]
-    notes = summary_notes(table)
+    notes = [*summary_notes(table), *([against.note] if against else [])]
     footing = footing_notes(ranked.made, list(summaries.values()))
     texts = {
         METRICS: json.dumps(_metrics(manifests, table, against, config), indent=1) + "\n",
@@ -183,7 +183,7 @@ def _metrics(
         "against": against.to_json() if against else None,
         "overlap": asdict(table.overlap),
         "versions": first.versions,
-        "config_digest": digest([to_yaml(config)]),
+        "config_digest": digest([to_yaml(replace(config, out=""))]),
     }
 
 

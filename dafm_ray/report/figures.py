@@ -66,7 +66,7 @@ def read_figure(file: Path) -> Figure:
         DataError: there is none.
     """
     if not file.is_file():
-        raise DataError(f"there is no figure {file}; finish a study of orders there first")
+        raise DataError(f"there is no figure {file}; run `dafm fuse tune` with kind: orders there")
     svg = file.read_bytes()
     title = re.search(r"<dc:title>(.*?)</dc:title>", svg.decode(errors="replace"), re.DOTALL)
     return Figure(file.stem, html.unescape(title[1]) if title else file.stem, svg)

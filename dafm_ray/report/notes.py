@@ -93,10 +93,11 @@ def _oracle(table: Table) -> list[str]:
     if not table.oracles:
         return []
     oracle, control = (row.metrics[HEADLINE] for row in table.oracles)
+    verdict = "so that much is luck" if control < oracle else "so all of it may be luck"
     return [
         f"The best model of each query, chosen after seeing the answer, would reach {oracle:.2f} "
         "%; the same choice among as many copies of one score that differ by noise alone reaches "
-        f"{control:.2f} %, so that much is luck."
+        f"{control:.2f} %, {verdict}."
     ]
 
 

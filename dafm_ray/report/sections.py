@@ -53,7 +53,8 @@ def contributions(
     text = (
         f"{HEADLINE} of a fusion that has to do without one model, not trained again, and the "
         "difference to the whole fusion in points, with its 95 % interval; * significant after "
-        "Holm's correction. A model whose loss costs nothing need not be run."
+        "Holm's correction. Where the interval lies around 0 the model may be superfluous, or the "
+        "queries too few to tell."
     )
     header = ("without", "fusion", HEADLINE, "difference")
     return [Section("What each model is worth", text, header, tuple(rows), words=2)]
@@ -83,7 +84,7 @@ def breakdown(
     rows = [
         (
             part.name,
-            f"{len(part.queries):,}",
+            str(len(part.queries)),
             *(f"{100 * resampling.mean(_only(one, part.queries)):.2f}" for one in shown),
             points(found[n]) if found else ABSENT,
             f"{found[n].win}/{found[n].tie}/{found[n].loss}" if found else ABSENT,

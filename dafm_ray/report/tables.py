@@ -15,7 +15,7 @@ _WORDS = 3
 """Leading columns that hold words: system, kind, protocol."""
 
 MARKS = ("†", "‡")
-"""Of a cell: significantly above the best single system; above the best static one, too."""
+"""Of a cell: significantly above the best single system; above the best static one."""
 
 _LATEX_MARKS = {"†": r"\dagger", "‡": r"\ddagger"}
 ABSENT = "-"
@@ -118,9 +118,7 @@ class Table:
     @property
     def legend(self) -> str:
         """What the marks of this table say."""
-        static = (
-            f"; {MARKS[1]} also above {self.static}, the best static one" if self.static else ""
-        )
+        static = f"; {MARKS[1]} above {self.static}, the best static one" if self.static else ""
         return (
             f"{MARKS[0]} significantly above {self.single}, the best single system{static} (paired "
             "randomisation test over fold groups, p < 0.05 after Holm's correction over all rows "

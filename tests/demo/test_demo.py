@@ -8,7 +8,7 @@ import pytest
 
 from dafm_ray.config import FinetuneConfig, load_config
 from dafm_ray.demo.run import STAGES, demo_models, run_demo
-from dafm_ray.evaluation.significance import Bootstrap, compare
+from dafm_ray.evaluation.significance import Resampling, compare
 from dafm_ray.models.registry import load_model
 
 COMPOSED = ("clip4cir-sum", "tgcir", "blip4cir", "sprc")
@@ -54,12 +54,12 @@ def test_the_demo_reaches_what_the_protocol_asks(metrics):
 def test_each_model_is_ten_points_above_the_image_alone(demo):
     ranks = pq.read_table(demo[0] / "report" / "ranks.parquet").to_pandas()
     hits = {
-        name: (rows.sort_values("query")["rank"].to_numpy() <= 10).astype(np.int64)
+        name: (rows.sort_values("query")["rank"].to_numpy() <= 10).astype(np.float64)
         for name, rows in ranks.groupby("system", observed=True)
     }
-    bootstrap = Bootstrap([""] * 2324)
+    resampling = Resampling([""] * 2324)
     for name in COMPOSED:
-        paired = compare(hits[name], hits["image-only"], "R@10", bootstrap)
+        [paired] = compare([("R@10", hits[name], hits["image-only"])], resampling)
         assert paired.diff >= 10, (name, paired)
         assert paired.p < 0.01
 

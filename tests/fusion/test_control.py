@@ -4,13 +4,14 @@ import pytest
 from dafm_ray.evaluation.metrics import columns_of, rank_targets
 from dafm_ray.fusion.control import noisy_copies
 from dafm_ray.fusion.rank import scores_of, singles
+from dafm_ray.tiles.manifest import Grid
 from tests.samples import labelled_dataset, score_store
 
 
 @pytest.fixture
 def store(tmp_path):
     dataset = labelled_dataset(300, 400)
-    return score_store(tmp_path / "s", dataset, ("a", "b", "c"), signal=1.5)
+    return score_store(tmp_path / "s", dataset, ("a", "b", "c"), Grid(64, 200, 300), signal=1.5)
 
 
 def hits(store, system, k=10):

@@ -2,18 +2,21 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dafm_ray.config import EvaluateConfig
 from dafm_ray.errors import DataError
 from dafm_ray.report.evaluate import evaluate
+from dafm_ray.tiles.manifest import Grid
 from tests.samples import labelled_dataset, score_store
 
 DATASET = labelled_dataset(60, 90)
 
 
 def config(tmp_path, name, signal, dataset=DATASET, **other):
-    store = score_store(tmp_path / name, dataset, signal=signal, **other)
+    store = score_store(tmp_path / name, dataset, grid=Grid(64, 90, 61), signal=signal, **other)
     return EvaluateConfig(
         store=store.uri, out=str(tmp_path / f"{name}_report"), fusions=("mean@zscore",), cases=0
     )
@@ -33,6 +36,8 @@ def found(config):
 
 def test_equal_runs_differ_by_nothing(weaker, tmp_path):
     again = replace(weaker, out=str(tmp_path / "again"), against=weaker.out)
+    notes = evaluate(again).notes
+    assert any("hits the same queries at R@10 as" in note for note in notes)
     against = found(again)["against"]
     assert [(one["here"], one["there"]) for one in against["systems"]] == [
         (name, name) for name in ("a", "b", "mean@zscore")
@@ -56,7 +61,8 @@ def test_a_better_run_is_significantly_above(weaker, tmp_path):
         assert paired["diff"] == pytest.approx(expected, abs=1e-3)
         assert paired["p_holm"] < 0.05
     page = Path(better.out, "report.html").read_text(encoding="utf-8")
-    assert f"Against {weaker.out}" in page
+    assert f"Against {weaker.out}: " in page
+    assert "the best there, significant at 95 %" in page
 
 
 def test_the_best_of_each_are_compared_whatever_they_are_called(weaker, tmp_path):
@@ -80,6 +86,17 @@ def test_another_gallery_or_policy_is_refused(weaker, tmp_path):
     kept = labelled_dataset(60, 90, policy="keep")
     with pytest.raises(DataError, match="has reference policy 'mask'"):
         evaluate(replace(config(tmp_path, "kept", 1.0, kept), against=weaker.out))
+
+
+def test_files_of_two_evaluations_are_refused(weaker, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    ranks = pq.read_table(Path(weaker.out, "ranks.parquet"))
+    ones = pa.array([1] * len(ranks), pa.int64())
+    pq.write_table(ranks.set_column(2, "rank", ones), folder / "ranks.parquet")
+    (folder / "metrics.json").write_bytes(Path(weaker.out, "metrics.json").read_bytes())
+    with pytest.raises(DataError, match=r"do not have the same hits for a; .* of two evaluations"):
+        evaluate(replace(weaker, out=str(tmp_path / "out"), against=str(folder)))
 
 
 @pytest.mark.parametrize("damage", ["nothing", "text", "columns"])

@@ -18,6 +18,7 @@ from dafm_ray.fusion.study import settings_of
 from dafm_ray.fusion.trial import run_trial
 from dafm_ray.report.answer import answer_page
 from dafm_ray.report.evaluate import evaluate
+from dafm_ray.report.figures import read_figure
 from dafm_ray.report.study import report_study
 from dafm_ray.tiles.manifest import Grid
 from dafm_ray.tiles.storage import open_storage
@@ -235,3 +236,8 @@ def test_a_print_is_whole(page):
     width, cut_off = page.evaluate("printed")
     assert width < A4
     assert cut_off == []
+
+
+@pytest.mark.parametrize("file", [study], indirect=True)
+def test_the_orders_of_a_study_are_a_figure_for_other_reports(file):
+    assert "fused models" in read_figure(file.parent / "figures" / "orders.svg").caption

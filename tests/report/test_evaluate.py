@@ -82,6 +82,16 @@ def test_every_system_is_compared_with_best_single_baselines_and_best_static(con
     assert best not in systems[best]["vs"]
 
 
+def test_the_same_job_gives_the_same_files(config, tmp_path):
+    other = replace(config, out=str(tmp_path / "again"))
+    evaluate(config)
+    evaluate(other)
+    for file in sorted(path for path in Path(config.out).rglob("*") if path.is_file()):
+        if file.name != "config.yaml":
+            again = Path(other.out) / file.relative_to(config.out)
+            assert again.read_bytes() == file.read_bytes(), file
+
+
 def test_hits_do_not_depend_on_the_tiles(config, tmp_path):
     dataset = labelled_dataset(40, 30, split="test")
     other = score_store(tmp_path / "b", dataset, grid=Grid(4, 30, 40), signal=1.5)

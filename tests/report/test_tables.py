@@ -6,6 +6,7 @@ from dafm_ray.config import EvaluateConfig
 from dafm_ray.report.evaluate import evaluate
 from dafm_ray.report.published import published_for
 from dafm_ray.report.tables import MARKS, latex, to_csv, to_latex, to_markdown
+from dafm_ray.tiles.manifest import Grid
 from tests.samples import labelled_dataset, score_store
 
 
@@ -13,7 +14,7 @@ from tests.samples import labelled_dataset, score_store
 def page(tmp_path_factory):
     root = tmp_path_factory.mktemp("tables")
     dataset = replace(labelled_dataset(200, 300), name="cirr")
-    store = score_store(root / "s", dataset, ("a", "b", "c"), signal=2.0)
+    store = score_store(root / "s", dataset, ("a", "b", "c"), Grid(64, 300, 200), signal=2.0)
     return evaluate(EvaluateConfig(store=store.uri, out=str(root / "out"), cases=0))
 
 

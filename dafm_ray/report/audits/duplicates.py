@@ -37,8 +37,8 @@ def audit_duplicates(store: TileStore) -> Audit:
     rows = tuple((what, f"{sum(map(len, own)):,}", f"{len(own):,}") for what, own in found.items())
     notes = [
         f"{store.manifest.title}: {sum(map(len, twins)):,} of {store.size('gallery'):,} candidates "
-        f"cannot be told from another by any model; for {len(unfair):,} queries that alone decides "
-        "whether the target comes first.",
+        f"cannot be told from another by any model; {len(unfair):,} queries have a target with a "
+        "twin that is no target, and only the stored order says which of the two comes first.",
         *(f"{what}: {_examples(own)}" for what, own in found.items() if own),
     ]
     text = "Twins have the same scores under every model, bit for bit, for every query."

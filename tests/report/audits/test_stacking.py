@@ -50,8 +50,15 @@ def test_a_model_that_is_better_on_what_it_saw_is_suspicious(tmp_path):
     found = audit_stacking(seen, new)
     assert not found.leaks
     assert found.details["image"]["ci95"][0] > 0
-    assert "beyond chance: image" in found.notes[1]
-    assert "No model is better" in audit_stacking(new, seen).notes[1]
+    assert "What image learned from is not known" in found.notes[1]
+    assert "beyond chance: image" in found.notes[2]
+    assert "No model is better" in audit_stacking(new, seen).notes[2]
+
+
+def test_queries_are_not_their_own_control(tmp_path):
+    store = made(tmp_path / "s", weights(tmp_path / "w.safetensors"), "val")
+    with pytest.raises(DataError, match=r"holds queries of .* hold other queries out"):
+        audit_stacking(store, store)
 
 
 def test_other_models_cannot_be_compared(tmp_path):
