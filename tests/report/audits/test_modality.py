@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.report.audits.modality import audit_modality
+from dafm_ray.tiles.store import feature_key
 from tests.samples import labelled_dataset, matrix_store, score_matrix, score_store
 
 SIGNALS = {"test:both": 1.8, "zeroshot:image": 1.0, "zeroshot:text": 0.2}
@@ -49,3 +51,20 @@ def test_nothing_of_one_modality_is_refused(tmp_path):
 def test_nothing_that_composes_is_refused(store):
     with pytest.raises(DataError, match="no system of both modalities"):
         audit_modality(store.of(["image", "text"]))
+
+
+def test_the_similarity_of_images_stands_for_the_image_alone(tmp_path):
+    dataset = labelled_dataset(60, 90)
+    store = matrix_store(tmp_path / "s", dataset, {"test:both@random": score_matrix(dataset, 0)})
+    features_ND = np.random.default_rng(0).standard_normal((60, 8)).astype(np.float32)
+    features_ND /= np.linalg.norm(features_ND, axis=1, keepdims=True)
+    store.write(feature_key("both", "gallery", 0), features_ND)
+    found = audit_modality(store)
+    hits = 0
+    for query in store.queries:
+        reference, target = (store.positions[id] for id in (query.reference, *query.targets))
+        similar_N = features_ND @ features_ND[reference]
+        similar_N[reference] = -np.inf
+        hits += (similar_N > similar_N[target]).sum() < 10
+    assert found.details["R@10"]["image"] == hits
+    assert "both's image similarity" in found.notes[0]
