@@ -87,7 +87,7 @@ def test_a_second_run_finds_its_tiles(demo):
 def test_the_report_shows_pictures_of_every_system(demo):
     out, evaluation, _ = demo
     text = (out / "report" / "report.html").read_text()
-    systems = len(evaluation.table.rows)
+    systems = len(evaluation.table.systems)
     assert text.count("<img") >= 12 * (2 + 5 * systems)
     assert "Which queries differ" in text
     assert len(text) < 3_000_000

@@ -121,6 +121,7 @@ def encoding(store: TileStore) -> tuple[int, str]:
     return entry.batch, entry.precision
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.timeout(150)
 def test_batch_and_precision_are_fixed_at_the_first_run(config, tmp_path, capsys):

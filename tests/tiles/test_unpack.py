@@ -56,6 +56,7 @@ def test_files_tars_and_parquet_give_the_same_tiles(tmp_path, root):
     assert "data:image/" in page.report.read_text()
 
 
+@pytest.mark.slow
 def test_shards_that_changed_are_unpacked_again(tmp_path, root):
     shard = tmp_path / "a.parquet"
     parquet_shard(shard, members(root))
@@ -72,6 +73,7 @@ def test_shards_that_changed_are_unpacked_again(tmp_path, root):
     assert outcome.failures == []
 
 
+@pytest.mark.slow
 def test_a_large_row_group_becomes_several_tars(tmp_path, root, monkeypatch):
     monkeypatch.setattr(module, "PART_BYTES", 10_000)
     parquet_shard(tmp_path / "a.parquet", members(root))
