@@ -82,14 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         help="static fusions, any system with +bank, folders of trained fusions; default: "
         + " ".join(STATIC_FUSIONS),
     )
-    evaluate.add_argument(
-        "--tune-on",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="STORE",
-        help="other queries on which to search convex weights",
-    )
+    _add_tuning_argument(evaluate)
     _add_bank_argument(evaluate)
     evaluate.add_argument(
         "--against", default="", metavar="RUN", help="an earlier evaluation of the same queries"
@@ -248,7 +241,12 @@ def _add_system_arguments(parser: argparse.ArgumentParser) -> None:
         help="a static fusion, a sub-model, either with +bank, or the folder of a trained fusion; "
         "default: mean@zscore",
     )
-    ranks_by.add_argument(
+    _add_tuning_argument(ranks_by)
+    _add_bank_argument(parser)
+
+
+def _add_tuning_argument(parser: "argparse._ActionsContainer") -> None:
+    parser.add_argument(
         "--tune-on",
         nargs="+",
         action="extend",
@@ -256,7 +254,6 @@ def _add_system_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STORE",
         help="other queries on which to search convex weights",
     )
-    _add_bank_argument(parser)
 
 
 def _add_bank_argument(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dafm_ray.evaluation.metrics import Scores, columns_of, rank_targets
+from dafm_ray.evaluation.metrics import Ints, Scores, columns_of, rank_targets
 from dafm_ray.fusion.base import Fusion
 from dafm_ray.fusion.normalise import zscore
 from dafm_ray.fusion.rank import scores_of
@@ -43,7 +43,7 @@ class Noisy:
         """The system's, and which copy."""
         return f"noisy {self.system.name} {self.copy}"
 
-    def __call__(self, scores_MBN: Scores, rows_B: np.ndarray) -> Scores:
+    def __call__(self, scores_MBN: Scores, rows_B: Ints) -> Scores:
         """z + sigma times a normal value a candidate."""
         fused_BN = zscore(self.system(scores_MBN, rows_B))
         for fused_N, q in zip(fused_BN, rows_B.tolist(), strict=True):
@@ -70,7 +70,6 @@ def noisy_copies(store: TileStore, k: int, seed: int = 0) -> list[Noisy]:
     rows_B = np.sort(np.random.default_rng(seed).permutation(labelled)[:size])
     scores_MBN = scores_of(store, rows_B)
     targets_BT = columns_of([store.queries[q].targets for q in rows_B], store.positions)
-
     fused_BN = zscore(base(scores_MBN, rows_B))
     copies = range(len(store.models))
     noise_MBN = np.stack(
