@@ -13,7 +13,6 @@ from dafm_ray.config import (
     STATIC_FUSIONS,
     DatasetConfig,
     EvaluateConfig,
-    FinetuneConfig,
     FusionConfig,
     PrecomputeConfig,
     StudyConfig,
@@ -21,6 +20,7 @@ from dafm_ray.config import (
 )
 from dafm_ray.errors import DONE, ConfigError, DataError, refusals, unknown
 from dafm_ray.evaluation.submission_format import LENGTHS
+from dafm_ray.finetune.config import FinetuneConfig
 from dafm_ray.job import (
     add_config_arguments,
     evaluate_job,

@@ -17,7 +17,7 @@ import yaml
 
 from dafm_ray.errors import ConfigError
 
-_FORBID: dict[str, str] = {"extra": "forbid"}
+FORBID: dict[str, str] = {"extra": "forbid"}
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _UNKNOWN_KEY = "unexpected_keyword_argument"
 Config = TypeVar("Config")
@@ -42,7 +42,7 @@ class DatasetConfig:
             a file, a folder, a pattern as `shards/*.tar`, or a pyarrow filesystem URI of one.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID
 
     name: str
     split: str = ""
@@ -70,7 +70,7 @@ class ModelConfig:
             fp16 on GPUs. Fixed at the store's first run of the model.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID
 
     name: str
     id: str
@@ -96,7 +96,7 @@ class PrecomputeConfig:
         scoring_gpus: GPUs a tile takes while it is scored; 0 scores on CPUs.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID
 
     dataset: DatasetConfig
     models: tuple[ModelConfig, ...]
@@ -126,7 +126,7 @@ class PrecomputeConfig:
                 raise ConfigError(f"models: {model.name} needs batch >= 0")
 
 
-_LARGEST_SEED = 2**31 - 1
+LARGEST_SEED = 2**31 - 1
 
 BANK_T = 1.5
 """t of a query bank, see `fusion/bank.py`."""
@@ -165,7 +165,7 @@ class EvaluateConfig:
         seed: of the resampling and of the sample of cases.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID
 
     store: str | tuple[str, ...]
     out: str
@@ -204,84 +204,6 @@ def _several(given: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """Supervised training of a sub-model on triplets, with in-batch negatives.
-
-    Attributes:
-        train: triplets to learn from.
-        validation: queries whose R@10 decides when to stop and which epoch is kept.
-        model: `family:variant@weights` to start from; weights `scratch` starts from `scratch`.
-        out: folder of checkpoints and of the result, `weights.safetensors`.
-        scratch: sizes of a model that is trained from nothing, as its family reads them.
-        parts: prefixes of the parameters that learn; the rest stays frozen.
-        epochs: at most so many.
-        patience: validations without a better R@10 before stopping.
-        batch_size: of all workers together; the negatives of a query are all targets in it.
-        learning_rate: peak of a one-cycle schedule.
-        weight_decay: of AdamW.
-        gradient_clip: longest gradient over all parameters; 0 leaves gradients as they are.
-        logit_scale: factor on the scores before the softmax (1 / temperature), in families that
-            do not learn it.
-        loss: weights of the terms of a family's loss, where they differ from the published ones.
-        shift: random shift of training images, in pixels.
-        identity: every image of the training gallery is a triplet too, whose text is empty and
-            whose target is itself.
-        workers: Ray Train workers.
-        cpus_per_worker: CPUs, and torch threads, of a worker.
-        use_gpu: one GPU a worker.
-        precision: bf16 runs the model under autocast.
-        loader_workers: processes that decode images, a worker.
-        seed: of initialisation, order and shifts.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
-
-    train: DatasetConfig
-    validation: DatasetConfig
-    model: str
-    out: str
-    scratch: dict[str, Any] = field(default_factory=dict)
-    parts: tuple[str, ...] = ("",)
-    epochs: int = 20
-    patience: int = 5
-    batch_size: int = 256
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    gradient_clip: float = 0.0
-    logit_scale: float = 100.0
-    loss: dict[str, float] = field(default_factory=dict)
-    shift: int = 0
-    identity: bool = False
-    workers: int = 1
-    cpus_per_worker: int = 1
-    use_gpu: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
-    loader_workers: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.workers, self.cpus_per_worker, self.patience) < 1:
-            raise ConfigError("workers, cpus_per_worker and patience must be at least 1")
-        if self.batch_size < 2 or self.batch_size % self.workers:
-            raise ConfigError("batch_size must be at least 2 and a multiple of workers")
-        if self.epochs < 1:
-            raise ConfigError("epochs must be at least 1")
-        for key in ("learning_rate", "logit_scale"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ConfigError(f"{key} must be a number above 0")
-        weights = {f"loss.{term}": weight for term, weight in self.loss.items()}
-        weights |= {"weight_decay": self.weight_decay, "gradient_clip": self.gradient_clip}
-        for key, value in weights.items():
-            if not 0 <= value < math.inf:
-                raise ConfigError(f"{key} must be a number of at least 0")
-        if min(self.shift, self.loader_workers, self.seed) < 0 or self.seed > _LARGEST_SEED:
-            raise ConfigError("shift, loader_workers and seed must be at least 0, seed below 2^31")
-        unknown_keys = set(self.scratch) - {"towers", "combiner", "vision"}
-        if unknown_keys:
-            raise ConfigError(f"scratch holds towers, combiner and vision, not {min(unknown_keys)}")
-
-
-@dataclass(frozen=True)
 class NegativesConfig:
     """Candidates a query is trained against; all of them unless one of these is above 0.
 
@@ -290,7 +212,7 @@ class NegativesConfig:
         random: others, drawn anew for every batch.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID
 
     top: int = 0
     random: int = 0
@@ -324,7 +246,7 @@ class Recipe:
         seed: of the order of the queries, of dropped models and of random negatives.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID
 
     objective: Literal["log_rank", "info_nce"] = "log_rank"
     temperature: TemperatureMode = "fixed"
@@ -348,7 +270,7 @@ class Recipe:
                 raise ConfigError(f"recipe.{key} must be a number above 0")
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigError("recipe.weight_decay must be a number of at least 0")
-        if self.epochs < 0 or self.batch < 1 or not 0 <= self.seed <= _LARGEST_SEED:
+        if self.epochs < 0 or self.batch < 1 or not 0 <= self.seed <= LARGEST_SEED:
             raise ConfigError(
                 "recipe: epochs must be at least 0, batch at least 1, seed in [0, 2^31)"
             )
@@ -373,7 +295,7 @@ class NetworkConfig:
         gate: mix the models by the statistics of a query's scores.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID
 
     width: int = 32
     kernel: int = 1
@@ -418,7 +340,7 @@ class FusionConfig:
         seed: of the folds and of the networks.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID
 
     store: str | tuple[str, ...]
     out: str
@@ -458,7 +380,7 @@ class FusionConfig:
             raise ConfigError("convex weights are those of z-scores; set start: mean")
         if self.recipe.tau_unit == "raw" and self.normalisation not in ("zscore", "none"):
             raise ConfigError("tau_unit raw has a meaning for normalisation zscore and none alone")
-        if self.cases < 0 or not 0 <= self.seed <= _LARGEST_SEED:
+        if self.cases < 0 or not 0 <= self.seed <= LARGEST_SEED:
             raise ConfigError("cases must be at least 0, seed in [0, 2^31)")
 
     @property
@@ -482,7 +404,7 @@ class Between:
         log: drawn evenly by its logarithm.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID
 
     low: float
     high: float
@@ -536,7 +458,7 @@ class StudyConfig:
         seed: of the draws.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID
 
     kind: Literal["networks", "orders", "static"]
     fusion: dict[str, Any]
@@ -571,7 +493,7 @@ class StudyConfig:
             raise ConfigError("kind static chooses out of fold; it takes no validation store")
         if self.search == "optuna" and (len(self.spaces) != 1 or self.kind != "networks"):
             raise ConfigError("search optuna takes one space, of kind networks")
-        if min(self.trials, self.most_orders) < 1 or not 0 <= self.seed <= _LARGEST_SEED:
+        if min(self.trials, self.most_orders) < 1 or not 0 <= self.seed <= LARGEST_SEED:
             raise ConfigError("trials and most_orders must be at least 1, seed in [0, 2^31)")
         if not 0 < self.cpus < math.inf or not 0 <= self.gpus < math.inf:
             raise ConfigError("cpus must be above 0, gpus at least 0")
@@ -612,7 +534,7 @@ class StaticSetting:
         bank_t: of that bank.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID
 
     system: str = "mean@zscore"
     weights: dict[str, float] = field(default_factory=dict)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dafm_ray.config import (
     EvaluateConfig,
-    FinetuneConfig,
     FusionConfig,
     PrecomputeConfig,
     StudyConfig,
     load_config,
 )
 from dafm_ray.errors import DONE, DONE_WITH_FAILURES, DafmError
+from dafm_ray.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:
     from dafm_ray.report.evaluate import Evaluation

@@ -2,7 +2,7 @@
 
 import sys
 
-from dafm_ray.config import FinetuneConfig
+from dafm_ray.finetune.config import FinetuneConfig
 from dafm_ray.job import finetune_job, run_job
 
 if __name__ == "__main__":

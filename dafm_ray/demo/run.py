@@ -16,13 +16,13 @@ from dafm_ray.config import (
     STATIC_FUSIONS,
     DatasetConfig,
     EvaluateConfig,
-    FinetuneConfig,
     FusionConfig,
     ModelConfig,
     PrecomputeConfig,
     load_config,
 )
 from dafm_ray.datasets.registry import load_dataset
+from dafm_ray.finetune.config import FinetuneConfig
 from dafm_ray.finetune.trainer import finetune, save_weights
 from dafm_ray.fusion.train import train_fusion
 from dafm_ray.models.registry import load_model

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dafm_ray.config import FinetuneConfig, parse_config
+from dafm_ray.config import parse_config
 from dafm_ray.datasets.base import label_of
 from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import ConfigError, DataError, unknown
+from dafm_ray.finetune.config import FinetuneConfig
 from dafm_ray.finetune.losses import in_batch_contrastive
 from dafm_ray.finetune.triplets import Batch, Triplets, epoch_batches, load_batches, shifted
 from dafm_ray.finetune.validation import validation_recall
@@ -105,7 +106,7 @@ def build(config: FinetuneConfig) -> FrozenModel:
         DataError: fewer triplets than a batch.
     """
     found, model_id = resolve(config.model)
-    queries = load_dataset(config.train).queries
+    queries = load_dataset(config.trained_on[0]).queries
     labelled = sum(bool(query.targets) for query in queries)
     if labelled < config.batch_size:
         raise DataError(
@@ -149,8 +150,8 @@ def train(
     Raises:
         DataError: a loss that is no longer a number.
     """
-    triplets = Triplets(load_dataset(config.train), model, config.identity)
-    validation = load_dataset(config.validation)
+    triplets = Triplets(load_dataset(config.trained_on[0]), model, config.identity)
+    validation = load_dataset(config.validated_on[0])
     steps = len(epoch_batches(triplets, config.batch_size, config.seed, 0, rank, config.workers))
     device = str(next(model.module.parameters()).device)
     loss_of = prepare(TripletLoss(model, config))
@@ -271,7 +272,7 @@ def finetune(config: FinetuneConfig) -> Path:
         state = torch.load(Path(folder) / "state.pt", weights_only=True)
         history = json.loads((Path(folder) / "history.json").read_text())
     start.module.load_state_dict(state["best"])
-    train = config.train
+    train = config.trained_on[0]
     label = label_of(train.name, train.split, train.category, train.root)
     seen = trained_on(config.model.partition("@")[2])
     save_weights(start, out / "weights.safetensors", learned_from=[*seen, label])

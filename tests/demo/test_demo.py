@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dafm_ray.config import FinetuneConfig, load_config
+from dafm_ray.config import load_config
 from dafm_ray.demo.run import STAGES, demo_models, run_demo
 from dafm_ray.evaluation.significance import Resampling, compare
+from dafm_ray.finetune.config import FinetuneConfig
 from dafm_ray.models.registry import load_model
 
 COMPOSED = ("clip4cir-sum", "tgcir", "blip4cir", "sprc")

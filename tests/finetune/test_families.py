@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dafm_ray.config import DatasetConfig, FinetuneConfig
+from dafm_ray.config import DatasetConfig
 from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.finetune.config import FinetuneConfig
 from dafm_ray.finetune.trainer import build, save_weights, train
 from dafm_ray.models.registry import load_model
 from tests.samples import image_folder, picture

@@ -9,9 +9,10 @@ import psutil
 import pytest
 import torch
 
-from dafm_ray.config import DatasetConfig, FinetuneConfig
+from dafm_ray.config import DatasetConfig
 from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.finetune.config import FinetuneConfig
 from dafm_ray.finetune.trainer import TripletLoss, _step, build, finetune, save_weights, train
 from dafm_ray.finetune.triplets import Triplets, load_batches
 from dafm_ray.models.registry import load_model
