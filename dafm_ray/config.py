@@ -31,9 +31,9 @@ class DatasetConfig:
     """What opens a data set.
 
     Attributes:
-        name: `icons`, `cirr`, `fashioniq` or `folder`.
+        name: `icons`, `icon-names`, `cirr`, `fashioniq` or `folder`.
         split: of the data set; a folder has none.
-        root: folder of images (and of annotations, unless they lie elsewhere); icons need none.
+        root: folder of images (and of annotations, unless they lie elsewhere); the icons need none.
         annotations: folder of captions/ and image_splits/, if it is not `root`.
         category: `dress`, `shirt` or `toptee` of FashionIQ.
         gallery: of FashionIQ: the whole split, or only the references and targets of its queries

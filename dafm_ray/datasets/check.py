@@ -19,7 +19,13 @@ from dafm_ray.datasets.base import Draft, Finding, ImageSource, Query, title_of
 from dafm_ray.datasets.images import Files
 from dafm_ray.datasets.inspection import Inspection, inspect_images
 from dafm_ray.datasets.order import JUDGED, OrderLeak, order_leak
-from dafm_ray.datasets.registry import Entry, dataset_entry, missing_folder, read_dataset
+from dafm_ray.datasets.registry import (
+    PLACES,
+    Entry,
+    dataset_entry,
+    missing_folder,
+    read_dataset,
+)
 from dafm_ray.datasets.shards import open_shards
 from dafm_ray.errors import DataError
 from dafm_ray.progress import progress
@@ -99,7 +105,7 @@ def check(config: DatasetConfig) -> Check:
         findings += _named(draft, _leaks(leak))
         findings += _named(draft, _sizes(draft, entry.published.get((draft.split, draft.category))))
     findings += _shared(drafts)
-    if config.name == "icons" or config.root or config.images:
+    if not dataset_entry(config.name).keys & PLACES or config.root or config.images:
         inspected = _Images()
         inspected.look_at(drafts)
         return Check(

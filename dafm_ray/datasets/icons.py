@@ -12,6 +12,9 @@ asks a composed query. The protocol is fixed so that numbers compare:
 - Concepts are split by hash: train < 55 (sub-models), val < 75 (fusion), test (report only).
 - The gallery of a split is every glyph of its concepts. The reference and glyphs with its exact
   pixels are masked; a hit on any glyph with the target's exact pixels counts.
+
+`icon-names` asks for every glyph by its name and by a description of it, without a reference: the
+pairs of image and text that a CLIP model learns from.
 """
 
 import hashlib
@@ -81,27 +84,78 @@ def read_icons(config: DatasetConfig) -> Draft:
     Raises:
         ConfigError: no such split.
     """
+    concepts, pixels, twins = _glyphs(config)
+    queries: list[Query] = []
+    for concept, members in concepts.items():
+        queries.extend(_queries(concept, members, pixels, twins))
+    return Draft(
+        name="icons",
+        split=config.split,
+        protocol="cirr",
+        policy="mask",
+        images=tuple((name, name) for name in pixels),
+        queries=tuple(queries),
+        source=IconSource(),
+    )
+
+
+def read_icon_names(config: DatasetConfig) -> Draft:
+    """Every glyph of a split asked for in words; glyphs with its pixels are targets too.
+
+    Raises:
+        ConfigError: no such split.
+    """
+    concepts, pixels, twins = _glyphs(config)
+    queries = [
+        Query(
+            id=f"{name}|{kind}",
+            reference=name,
+            captions=(text,),
+            targets=(name, *(twin for twin in twins[pixels[name]] if twin != name)),
+            fold_group=concept,
+            category=kind,
+        )
+        for concept, members in concepts.items()
+        for name in members
+        for kind, text in (("name", name.replace("_", " ")), ("description", _described(name)))
+    ]
+    return Draft(
+        name="icon-names",
+        split=config.split,
+        protocol="folder",
+        policy="keep",
+        images=tuple((name, name) for name in pixels),
+        queries=tuple(queries),
+        source=IconSource(),
+    )
+
+
+def _glyphs(
+    config: DatasetConfig,
+) -> tuple[dict[str, list[str]], dict[str, bytes], dict[bytes, list[str]]]:
+    """Of a split: concept -> names, name -> pixels, pixels -> names."""
     split = config.split
     if split not in SPLITS:
-        raise ConfigError(unknown("split of icons", split, SPLITS))
+        raise ConfigError(unknown(f"split of {config.name}", split, SPLITS))
     concepts = {c: names for c, names in _concepts().items() if _split_of(c) == split}
     names = sorted(name for members in concepts.values() for name in members)
     pixels = {name: _draw(name).tobytes() for name in names}
     twins: defaultdict[bytes, list[str]] = defaultdict(list)
     for name in names:
         twins[pixels[name]].append(name)
-    queries: list[Query] = []
-    for concept, members in concepts.items():
-        queries.extend(_queries(concept, members, pixels, twins))
-    return Draft(
-        name="icons",
-        split=split,
-        protocol="cirr",
-        policy="mask",
-        images=tuple((name, name) for name in names),
-        queries=tuple(queries),
-        source=IconSource(),
-    )
+    return concepts, pixels, twins
+
+
+def _described(name: str) -> str:
+    """The name of a glyph as a sentence, in the words of the modification texts."""
+    tokens = name.split("_")
+    modifiers = [token for token in tokens if token in _modifiers()]
+    concept = [token for token in tokens if token not in modifiers]
+    if not concept:  # a name of modifiers alone is a concept of its own
+        concept, modifiers = tokens, []
+    changes = [_ADJECTIVES.get(token) or f"with {_article(token)} {token}" for token in modifiers]
+    said = f"a photo of {_article(concept[0])} {' '.join(concept)}"
+    return f"{said} that is {' and '.join(changes)}" if changes else said
 
 
 @cache

@@ -38,13 +38,14 @@ class Entry:
     unlabelled: tuple[str, ...] = ()
 
 
-_PLACES = frozenset({"root", "images"})
+PLACES = frozenset({"root", "images"})
 
 DATASETS = {
     "icons": Entry(icons.read_icons, frozenset({"split"}), icons.SPLITS),
+    "icon-names": Entry(icons.read_icon_names, frozenset({"split"}), icons.SPLITS),
     "cirr": Entry(
         cirr.read_cirr,
-        _PLACES | {"split", "annotations"},
+        PLACES | {"split", "annotations"},
         cirr.SPLITS,
         published=cirr.PUBLISHED,
         empty_captions=cirr.EMPTY_CAPTIONS,
@@ -53,14 +54,14 @@ DATASETS = {
     ),
     "fashioniq": Entry(
         fashioniq.read_fashioniq,
-        _PLACES | {"split", "annotations", "category", "gallery"},
+        PLACES | {"split", "annotations", "category", "gallery"},
         fashioniq.SPLITS,
         fashioniq.CATEGORIES,
         fashioniq.PUBLISHED,
         fashioniq.EMPTY_CAPTIONS,
         unlabelled=("test",),
     ),
-    "folder": Entry(read_folder, _PLACES),
+    "folder": Entry(read_folder, PLACES),
 }
 
 

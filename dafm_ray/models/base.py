@@ -103,6 +103,11 @@ class FrozenModel(ABC):
         """GPUs that the other process of a model takes."""
         return 0.0
 
+    @classmethod
+    def offers(cls, variant: str) -> bool:
+        """Whether the family knows a variant."""
+        return variant in cls.variants
+
     @property
     def parameters(self) -> int:
         """How many weights there are."""

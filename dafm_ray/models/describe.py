@@ -77,7 +77,7 @@ def _named(name: str) -> tuple[type[FrozenModel], tuple[str, ...]]:
     found = family(label)
     if not colon:
         return found, found.variants
-    if variant not in found.variants:
+    if not found.offers(variant):
         raise ConfigError(f"{label} offers the variants {', '.join(found.variants)}")
     return found, (variant,)
 

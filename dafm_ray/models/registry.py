@@ -51,7 +51,7 @@ def resolve(model_id: str) -> tuple[type[FrozenModel], ModelId]:
     """
     parsed = ModelId.parse(model_id)
     found = family(parsed.family)
-    if parsed.variant not in found.variants:
+    if not found.offers(parsed.variant):
         offered = ", ".join(found.variants)
         raise ConfigError(f"{model_id}: {parsed.family} offers the variants {offered}")
     return found, parsed
