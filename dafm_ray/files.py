@@ -1,7 +1,8 @@
 """Local files that appear whole or not at all."""
 
+import csv
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,3 +24,11 @@ def replacing(file: Path) -> Iterator[Path]:
             temporary.replace(file)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write a table."""
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)

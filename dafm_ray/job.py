@@ -116,10 +116,17 @@ def tune_fusion_job(config: StudyConfig) -> int:
 
 def finetune_job(config: FinetuneConfig) -> int:
     """Train a sub-model on triplets."""
-    from dafm_ray.finetune.trainer import finetune
+    from dafm_ray.finetune.trainer import UNFIT, finetune
 
-    print(f"weights: {finetune(config)}")
-    return DONE
+    trained = finetune(config)
+    print(f"weights: {trained.weights}")
+    listed = trained.weights.parent / UNFIT
+    cut = len(trained.unfit) - trained.left_out
+    if cut:
+        say(
+            f"{cut} texts are longer than the model reads and were cut; they are listed in {listed}"
+        )
+    return _exit_code(trained.left_out, str(listed))
 
 
 def _shown(evaluation: "Evaluation") -> int:

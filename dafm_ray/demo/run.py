@@ -116,7 +116,7 @@ def train_demo_weights(out: Path, say: Callable[[str], None]) -> Path:
         overrides = [f"out={out / stage}", f"cpus_per_worker={cpus}", *taken_up]
         config = load_config(FinetuneConfig, str(file), overrides)
         family, _, _ = config.model.partition("@")
-        trained = load_model(f"{family}@{finetune(config)}")
+        trained = load_model(f"{family}@{finetune(config).weights}")
         if stage != TOWERS:
             save_weights(trained, folder / f"{stage}.safetensors", torch.float16)
     return folder

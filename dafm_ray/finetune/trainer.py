@@ -1,13 +1,13 @@
-"""Supervised training of a sub-model on Ray Train.
+"""Training of a sub-model on Ray Train, whatever it learns from.
 
-The contrastive batch is global: with several workers every query meets the targets of all of
-them. A run of the same output folder goes on from its last checkpoint.
+The batch is global: with several workers every query meets the targets of all of them. A run of the
+same output folder goes on from its last checkpoint.
 """
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from dafm_ray.config import parse_config
 from dafm_ray.datasets.base import label_of
 from dafm_ray.datasets.registry import load_dataset
-from dafm_ray.errors import ConfigError, DataError, unknown
+from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.files import write_csv
 from dafm_ray.finetune.config import FinetuneConfig
-from dafm_ray.finetune.losses import in_batch_contrastive
-from dafm_ray.finetune.triplets import Batch, Triplets, epoch_batches, load_batches, shifted
+from dafm_ray.finetune.contrast import InBatch, loss_weights
+from dafm_ray.finetune.objective import Objective, several_workers
+from dafm_ray.finetune.step import step
+from dafm_ray.finetune.triplets import LEFT_OUT, Unfit
 from dafm_ray.finetune.validation import validation_recall
-from dafm_ray.models.base import Contrast, FrozenModel
+from dafm_ray.models.base import FrozenModel
 from dafm_ray.models.checkpoints import TRAINED_ON, trained_on
 from dafm_ray.models.registry import resolve
 from dafm_ray.progress import status_line
@@ -32,70 +35,14 @@ from dafm_ray.runs import STATUS, claim, refuse_larger, run_workers
 from dafm_ray.session import ensure_ray
 
 SELECTION = "R@10"
+UNFIT = "unfit.csv"
+"""What training could not use as it is, beside the weights."""
+
 _MACHINE = frozenset({"workers", "cpus_per_worker", "use_gpu", "loader_workers", "out"})
 """Keys that may change between two starts of one run."""
 State = dict[str, Any]
 Report = Callable[[dict[str, float], State], None]
-
-
-class TripletLoss(nn.Module):
-    """A model whose forward pass is the loss of a batch, so that gradients can be synchronised."""
-
-    def __init__(self, model: FrozenModel, config: FinetuneConfig) -> None:
-        super().__init__()
-        self.weights = model.module
-        self._model = model
-        self._config = config
-        self._loss_weights = loss_weights(model, config.loss)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Contrastive loss of this worker's queries against the targets of all workers."""
-        config, model = self._config, self._model
-        device = next(self.weights.parameters()).device
-        references = shifted(batch.references_B3HW, config.shift).to(device)
-        targets = shifted(batch.targets_B3HW, config.shift).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            terms = model.terms(
-                references, batch.captions_B, targets, config.logit_scale, self._loss_weights
-            )
-        ids_B = batch.target_ids_B.to(device)
-        loss = torch.zeros((), device=device)
-        for contrast in terms.contrasts.values():
-            loss = loss + contrast.weight * self._contrastive(contrast, ids_B)
-        for weight, penalty in terms.penalties.values():
-            loss = loss + weight * penalty.float()
-        return loss
-
-    def _contrastive(self, contrast: Contrast, ids_B: Tensor) -> Tensor:
-        candidates, ids_N, first = _gathered(contrast.candidates.float(), ids_B)
-        scores_BN = contrast.scale * self._model.score(contrast.queries.float(), candidates)
-        target_B = first + torch.arange(len(ids_B), device=ids_B.device)
-        same_BN = ids_N[target_B][:, None] == ids_N[None, :]
-        return in_batch_contrastive(scores_BN, target_B, same_BN)
-
-
-def loss_weights(model: FrozenModel, given: Mapping[str, float]) -> dict[str, float]:
-    """The family's weights with the job's own values.
-
-    Raises:
-        ConfigError: a term that the family's loss does not have.
-    """
-    for name in given:
-        if name not in model.loss_weights:
-            raise ConfigError(unknown("term of this family's loss", name, model.loss_weights))
-    return {**model.loss_weights, **given}
-
-
-def _gathered(features: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Candidates and target ids of all workers, and where this worker's begin."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return features, ids, 0
-    from torch.distributed.nn.functional import all_gather
-
-    everywhere = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
-    dist.all_gather(everywhere, ids)
-    parts = all_gather(features)  # type: ignore[no-untyped-call]
-    return torch.cat(parts), torch.cat(everywhere), dist.get_rank() * len(ids)
+Measured = tuple[dict[str, float], list[Unfit]]
 
 
 def build(config: FinetuneConfig) -> FrozenModel:
@@ -106,7 +53,7 @@ def build(config: FinetuneConfig) -> FrozenModel:
         DataError: fewer triplets than a batch.
     """
     found, model_id = resolve(config.model)
-    queries = load_dataset(config.trained_on[0]).queries
+    queries = [query for data in config.trained_on for query in load_dataset(data).queries]
     labelled = sum(bool(query.targets) for query in queries)
     if labelled < config.batch_size:
         raise DataError(
@@ -150,78 +97,109 @@ def train(
     Raises:
         DataError: a loss that is no longer a number.
     """
-    triplets = Triplets(load_dataset(config.trained_on[0]), model, config.identity)
-    validation = load_dataset(config.validated_on[0])
-    steps = len(epoch_batches(triplets, config.batch_size, config.seed, 0, rank, config.workers))
-    device = str(next(model.module.parameters()).device)
-    loss_of = prepare(TripletLoss(model, config))
+    objective = objective_of(config, model, rank)
+    steps = objective.steps
+    if not steps:
+        raise DataError(
+            f"the triplets that can be used do not fill one batch of {config.batch_size}; lower "
+            f"batch_size ({len(objective.unfit)} queries are left out or cut)"
+        )
+    validation = [load_dataset(data) for data in config.validated_on]
+    device = str(objective.device)
+    forward = prepare(objective)
     learning = [p for p in model.module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
-        learning, lr=config.learning_rate, weight_decay=config.weight_decay
+        learning,
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, config.learning_rate, total_steps=config.epochs * steps, pct_start=0.15
-    )
+    schedule = _schedule(optimiser, config, steps)
+    scaler = torch.amp.GradScaler(objective.device.type, enabled=config.precision == "fp16")
+    unfit = set(objective.unfit)
     progress = {"epoch": 0, "best": -1.0, "stale": 0}
-    best = _weights(model)
+    best = _weights(model, config.parts)
     if state is not None:
-        model.module.load_state_dict(state["weights"])
+        model.module.load_state_dict(state["weights"], strict=False)
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
+        scaler.load_state_dict(state["scaler"])
+        objective.restore(state["objective"])
         progress, best = state["progress"], state["best"]
+        unfit |= {Unfit(*one) for one in state["unfit"]}
     while progress["epoch"] < config.epochs and progress["stale"] < config.patience:
         epoch = int(progress["epoch"])
         torch.manual_seed(config.seed * 100_003 + epoch * 101 + rank)
         _learning_mode(model, config.parts)
-        batches = epoch_batches(
-            triplets, config.batch_size, config.seed, epoch, rank, config.workers
-        )
+        objective.begin(epoch)
         losses = []
-        for batch in load_batches(triplets, batches, config.loader_workers):
-            losses.append(_step(loss_of, batch, optimiser, config.gradient_clip))
+        for batch in objective.batches(epoch):
+            unfit.update(batch.unfit)
+            losses.append(
+                step(
+                    forward,
+                    objective,
+                    batch,
+                    optimiser,
+                    scaler,
+                    config.chunk,
+                    config.gradient_clip,
+                )
+            )
             schedule.step()
         model.module.eval()
-        recall = _agreed(lambda: validation_recall(model, validation, device))
+        recall, unseen = _agreed(lambda: validation_recall(model, validation, device))
+        unfit = _everyones({*unfit, *unseen})
         better = recall[SELECTION] > progress["best"]
         if better:
-            best = _weights(model)
+            best = _weights(model, config.parts)
         progress = {
             "epoch": epoch + 1,
             "best": max(recall[SELECTION], progress["best"]),
             "stale": 0 if better else progress["stale"] + 1,
         }
         report(
-            {"epoch": epoch + 1, "loss": sum(losses) / steps, **recall},
+            {"epoch": epoch + 1, "loss": sum(losses) / len(losses), **recall},
             {
-                "weights": _weights(model),
+                "weights": _weights(model, config.parts),
                 "optimiser": optimiser.state_dict(),
                 "schedule": schedule.state_dict(),
+                "scaler": scaler.state_dict(),
+                "objective": objective.kept(),
                 "progress": progress,
                 "best": best,
+                "unfit": sorted(astuple(one) for one in unfit),
             },
         )
 
 
-def _step(loss_of: nn.Module, batch: Batch, optimiser: torch.optim.Optimizer, clip: float) -> float:
-    """One optimiser step; the loss of the batch before it."""
-    loss: Tensor = loss_of(batch)
-    if not torch.isfinite(loss):
-        raise DataError(f"the loss is {loss.item()}; lower learning_rate")
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    if clip:
-        learning = [p for group in optimiser.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(learning, clip)
-    optimiser.step()
-    return loss.item()
+def objective_of(config: FinetuneConfig, model: FrozenModel, rank: int) -> Objective[Any]:
+    """What a job minimises."""
+    datasets = [load_dataset(data) for data in config.trained_on]
+    return InBatch(model, config, datasets, rank)
 
 
-def _agreed(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+def _schedule(
+    optimiser: torch.optim.Optimizer, config: FinetuneConfig, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if config.schedule == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimiser,
+        config.learning_rate,
+        total_steps=config.epochs * steps,
+        pct_start=config.pct_start,
+        div_factor=config.div_factor,
+    )
+
+
+def _agreed(measure: Callable[[], Measured]) -> Measured:
     """What the first worker measures, on every worker.
 
     Running statistics differ between workers, and workers that stop at different epochs hang.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several_workers():
         return measure()
     measured = [measure() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(measured)
@@ -230,8 +208,22 @@ def _agreed(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
     return agreed
 
 
-def _weights(model: FrozenModel) -> dict[str, Tensor]:
-    return {key: tensor.detach().cpu().clone() for key, tensor in model.module.state_dict().items()}
+def _everyones(unfit: Collection[Unfit]) -> set[Unfit]:
+    """What any worker could not use."""
+    if not several_workers():
+        return set(unfit)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, list(unfit))
+    return {one for several in found for one in several}
+
+
+def _weights(model: FrozenModel, parts: tuple[str, ...]) -> dict[str, Tensor]:
+    """What training may have changed."""
+    return {
+        key: tensor.detach().cpu().clone()
+        for key, tensor in model.module.state_dict().items()
+        if _is_below(key, parts)
+    }
 
 
 def _learning_mode(model: FrozenModel, parts: tuple[str, ...]) -> None:
@@ -242,11 +234,29 @@ def _learning_mode(model: FrozenModel, parts: tuple[str, ...]) -> None:
             part.train()
 
 
-def finetune(config: FinetuneConfig) -> Path:
-    """Train on Ray Train; returns the path of the best weights, `out/weights.safetensors`.
+@dataclass(frozen=True)
+class Trained:
+    """A finished training.
 
-    Beside it: `config.yaml`, `history.json` (loss and recall of every epoch) and, while it runs,
-    `status.json`.
+    Attributes:
+        weights: file of the best epoch's.
+        unfit: what could not be used as it is.
+    """
+
+    weights: Path
+    unfit: tuple[Unfit, ...]
+
+    @property
+    def left_out(self) -> int:
+        """Queries and images that nothing was learnt from."""
+        return sum(one.what == LEFT_OUT for one in self.unfit)
+
+
+def finetune(config: FinetuneConfig) -> Trained:
+    """Train on Ray Train; the best weights are `out/weights.safetensors`.
+
+    Beside it: `config.yaml`, `history.json` (loss and recall of every epoch), `unfit.csv` (queries
+    and images that could not be used as they are) and, while it runs, `status.json`.
 
     Raises:
         ConfigError, DataError: see `build` and `train`.
@@ -271,13 +281,14 @@ def finetune(config: FinetuneConfig) -> Path:
     with checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / "state.pt", weights_only=True)
         history = json.loads((Path(folder) / "history.json").read_text())
-    start.module.load_state_dict(state["best"])
-    train = config.trained_on[0]
-    label = label_of(train.name, train.split, train.category, train.root)
+    start.module.load_state_dict(state["best"], strict=False)
+    labels = [label_of(of.name, of.split, of.category, of.root) for of in config.trained_on]
     seen = trained_on(config.model.partition("@")[2])
-    save_weights(start, out / "weights.safetensors", learned_from=[*seen, label])
+    unfit = tuple(Unfit(*one) for one in state["unfit"])
+    save_weights(start, out / "weights.safetensors", learned_from=[*seen, *labels])
     (out / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
-    return out / "weights.safetensors"
+    write_csv(out / UNFIT, ("item", "what", "reason"), [astuple(one) for one in unfit])
+    return Trained(out / "weights.safetensors", unfit)
 
 
 def save_weights(

@@ -179,6 +179,10 @@ class FrozenModel(ABC):
     def caption(self, captions: Sequence[str]) -> str:
         """Join the captions of one query as this model was trained."""
 
+    def cuts(self, caption: str) -> bool:
+        """Whether a joined caption is longer than the model reads; False where it cannot say."""
+        return False
+
     @abstractmethod
     def encode_gallery(self, images_B3HW: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, ...) candidate features, any fixed shape per item."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dafm_ray.models.base import FrozenModel
 from dafm_ray.models.blip import BlipSizes
 from dafm_ray.models.captions import join_capitalised
-from dafm_ray.models.clip_towers import TowerSizes
+from dafm_ray.models.clip_towers import TowerSizes, token_ids
 from dafm_ray.models.preprocess import target_pad, to_tensor
 from dafm_ray.models.qformer import QFormerSizes
 from dafm_ray.models.wordpieces import WordPieces
@@ -50,6 +50,10 @@ class OnClip(FrozenModel):
         self.sizes = sizes
         self.variant = variant
         self.vocabulary = vocabulary
+
+    def cuts(self, caption: str) -> bool:
+        """Whether a text has more tokens than the context, its start and end included."""
+        return len(token_ids(caption)) + 2 > self.sizes.context_length
 
     def header(self) -> dict[str, Any]:
         """What a weights file must say besides its tensors so that it can be built again."""

@@ -46,6 +46,10 @@ class Towers(Protocol):
         """B texts -> (B, T) int64 on the CPU; longer ones are cut."""
         ...
 
+    def cuts(self, text: str) -> bool:
+        """Whether a text is longer than the context."""
+        ...
+
     def encode_images(self, images_B3HW: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D), not normalised."""
         ...

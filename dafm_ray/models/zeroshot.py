@@ -18,6 +18,7 @@ from dafm_ray.models.clip_towers import (
     TINY,
     TowerSizes,
     build_towers,
+    token_ids,
     tokenize,
     vocabulary_of,
 )
@@ -82,6 +83,10 @@ class OwnTowers:
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """B texts -> (B, T) int64; longer ones are cut."""
         return tokenize(texts, self.context_length, self.vocabulary)
+
+    def cuts(self, text: str) -> bool:
+        """Whether a text has more tokens than the context, its start and end included."""
+        return len(token_ids(text)) + 2 > self.context_length
 
     def encode_images(self, images_B3HW: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D), not normalised."""
@@ -186,6 +191,12 @@ class ZeroShot(FrozenModel):
             return join_capitalised(captions)
         orders = dict.fromkeys([join_stripped(captions), join_stripped(captions[::-1])])
         return _ORDERS.join(orders)
+
+    def cuts(self, caption: str) -> bool:
+        """Whether a sentence is longer than the context of the towers."""
+        begin = f"{PREFIX} {PLACEHOLDER} " if self.variant in ("searle", "oti") else ""
+        read = TEMPLATE if begin else "{}"
+        return any(self.towers.cuts(begin + read.format(one)) for one in caption.split(_ORDERS))
 
     def encode_gallery(self, images_B3HW: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D), L2-normalised."""

@@ -1,10 +1,8 @@
 """What a study found, before it is written: sentences, tables, figures."""
 
-import csv
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from dafm_ray.files import write_csv as write_csv
 from dafm_ray.report.figures import Figure
 
 
@@ -26,11 +24,3 @@ class Findings:
     notes: list[str]
     sections: list[Section]
     figures: list[Figure]
-
-
-def write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table."""
-    with file.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)

@@ -10,11 +10,9 @@ import pytest
 import torch
 
 from dafm_ray.config import DatasetConfig
-from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.finetune.config import FinetuneConfig
-from dafm_ray.finetune.trainer import TripletLoss, _step, build, finetune, save_weights, train
-from dafm_ray.finetune.triplets import Triplets, load_batches
+from dafm_ray.finetune.trainer import UNFIT, build, finetune, save_weights, train
 from dafm_ray.models.registry import load_model
 from tests.samples import image_folder
 
@@ -87,28 +85,13 @@ def test_only_the_named_parts_learn(config, tmp_path):
         epochs=1,
     )
     before = build(second).module.state_dict()
-    after = run(second)[-1][1]["weights"]
-    for key in before:
-        same = torch.equal(before[key], after[key])
+    model = build(second)
+    learning = {name for name, p in model.module.named_parameters() if p.requires_grad}
+    assert learning == {name for name in before if name.startswith("Combiner.")}
+    train(second, model, lambda loss: loss, lambda metrics, state: None)
+    for key, tensor in model.module.state_dict().items():
+        same = torch.equal(before[key], tensor)
         assert same == key.startswith("CLIP."), key
-
-
-def test_gradients_are_clipped(config):
-    """A step of AdamW forgets the gradient's length, so plain descent shows it."""
-    moved = {}
-    for clip in (0.0, 1e-3):
-        model = build(config)
-        learning = [p for p in model.module.parameters() if p.requires_grad]
-        before = [p.detach().clone() for p in learning]
-        batch = next(
-            iter(load_batches(Triplets(load_dataset(config.train), model), [list(range(8))], 0))
-        )
-        optimiser = torch.optim.SGD(learning, lr=1.0)
-        _step(TripletLoss(model, config), batch, optimiser, clip)
-        after = zip(before, learning, strict=True)
-        moved[clip] = sum(((p.detach() - b) ** 2).sum() for b, p in after).sqrt().item()
-    assert moved[0.0] > 1e-2
-    assert moved[1e-3] == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_training_stops_when_recall_stops_rising(config):
@@ -136,7 +119,7 @@ def test_saved_weights_are_a_frozen_model(config, tmp_path):
         ({"scratch": {"towers": {**TOWERS, "text_width": -3}}}, "text_width is -3"),
         ({"scratch": {"towers": {**TOWERS, "text_heads": 3}}}, "multiple of text_heads"),
         ({"scratch": {}}, "scratch.towers"),
-        ({"model": "zeroshot:image@scratch"}, "cannot be trained"),
+        ({"model": "lavis:text@scratch"}, "cannot be trained"),
     ],
 )
 def test_wrong_configurations(config, change, message):
@@ -184,8 +167,14 @@ def test_workers_that_do_not_fit_the_cluster_are_refused_instead_of_waiting(
 @pytest.mark.usefixtures("local_ray")
 def test_two_workers_on_ray_train(config, tmp_path):
     config = replace(config, workers=2, epochs=2)
-    weights = finetune(config)
+    (tmp_path / "images" / "003.png").write_bytes(b"no picture")
+    trained = finetune(config)
+    weights = trained.weights
     assert load_model(f"clip4cir:sum@{weights}").sizes.embed_dim == 32
+    assert [(one.item, one.what) for one in trained.unfit] == [("003.png", "left out")]
+    listed = (tmp_path / "out" / UNFIT).read_text().splitlines()
+    assert listed[0] == "item,what,reason"
+    assert listed[1].startswith("003.png,left out,")
     history = json.loads((tmp_path / "out" / "history.json").read_text())
     assert [row["epoch"] for row in history] == [1, 2]
     status = json.loads((tmp_path / "out" / "status.json").read_text())
