@@ -45,7 +45,7 @@ def _hits(
 ) -> dict[int, NDArray[np.bool_]]:
     """K -> hit or miss of every labelled query."""
     gallery = dataset.gallery
-    images = _Images(model, dataset, device, unfit)
+    images = GalleryImages(model, dataset, device, unfit)
     features_ND = torch.cat(
         [
             model.encode_gallery(images(gallery.ids[start : start + batch_size]))
@@ -72,7 +72,7 @@ def _hits(
     return {k: ranks.stored <= k for k in RECALLS}
 
 
-class _Images:
+class GalleryImages:
     """Preprocessed images by id; blank where one cannot be read, which is listed."""
 
     def __init__(

@@ -163,12 +163,3 @@ def optimised_words(
             optimiser.step()
             mean_RW.lerp_(word_RW.detach(), 1 - ema)
         return mean_RW
-
-
-def distillation(words_BW: Tensor, optimised_BW: Tensor, temperature: float) -> Tensor:
-    """Symmetric contrast between the words of a network and the optimised ones of the same images:
-    cross-entropy of cos / temperature along both axes, halved. Scalar.
-    """
-    scores_BB = F.normalize(words_BW, dim=-1) @ F.normalize(optimised_BW, dim=-1).T / temperature
-    own_B = torch.arange(len(words_BW), device=words_BW.device)
-    return (F.cross_entropy(scores_BB, own_B) + F.cross_entropy(scores_BB.T, own_B)) / 2
