@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dafm_ray.errors import DataError
 from dafm_ray.models.base import RANDOM
+from dafm_ray.models.open_clip_tags import is_tag, tag_digest
 
 Sizes = TypeVar("Sizes")
 
@@ -115,13 +116,16 @@ def read_checkpoint(location: str) -> Checkpoint:
 
 
 def weights_digest(location: str) -> str:
-    """SHA-256 of the bytes of weights files; weights that are no file are their own digest.
+    """SHA-256 of the bytes of weights files, or of what an open_clip tag stands for; weights that
+    are no file are their own digest.
 
     Raises:
         DataError: there is no such file.
     """
     if location in RANDOM:
         return location
+    if is_tag(location):
+        return tag_digest(location)
     hasher = hashlib.sha256()
     for part in location.split("+"):
         with _local_path(part).open("rb") as file:
