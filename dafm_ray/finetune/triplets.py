@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from dafm_ray.datasets.base import Dataset, Query
+from dafm_ray.datasets.base import Dataset, Gallery, Query
 from dafm_ray.datasets.images import ImageError
 from dafm_ray.errors import DataError
 from dafm_ray.models.base import FrozenModel
@@ -123,15 +123,19 @@ class Triplets(TorchDataset[Item]):
     ) -> None:
         self.datasets = datasets
         self.model = model
-        self.triplets, self.unfit = learnable(datasets, model)
+        sizes = [len(dataset.gallery) for dataset in datasets]
+        firsts = [sum(sizes[:place]) for place in range(len(sizes))]
+        usable, self.unfit = learnable(datasets, model)
+        self.triplets = [
+            _triplet(place, query, datasets[place].gallery, firsts[place])
+            for place, query in usable
+        ]
         if identity:
-            first = 0
-            for place, dataset in enumerate(datasets):
-                self.triplets += [
-                    Triplet(place, id, ("",), id, first + n)
-                    for n, id in enumerate(dataset.gallery.ids)
-                ]
-                first += len(dataset.gallery)
+            self.triplets += [
+                Triplet(place, id, ("",), id, firsts[place] + n)
+                for place, dataset in enumerate(datasets)
+                for n, id in enumerate(dataset.gallery.ids)
+            ]
         self._cache: dict[tuple[int, str], Image.Image] = {}
         self._room = cache_bytes
 
@@ -166,15 +170,17 @@ class Triplets(TorchDataset[Item]):
         return self._cache[place, id]
 
 
-def learnable(datasets: Sequence[Dataset], model: FrozenModel) -> tuple[list[Triplet], list[Unfit]]:
-    """Triplets of the queries that have a target and a text, and what is wrong with the others.
+def learnable(
+    datasets: Sequence[Dataset], model: FrozenModel
+) -> tuple[list[tuple[int, Query]], list[Unfit]]:
+    """The queries that have a target and a text, each with the number of its data set, and what is
+    wrong with the others.
 
     Raises:
         DataError: there is none.
     """
-    triplets: list[Triplet] = []
+    usable: list[tuple[int, Query]] = []
     unfit: list[Unfit] = []
-    first = 0
     for place, dataset in enumerate(datasets):
         for query in dataset.queries:
             if not query.targets:
@@ -184,16 +190,15 @@ def learnable(datasets: Sequence[Dataset], model: FrozenModel) -> tuple[list[Tri
                 continue
             if model.cuts(model.caption(query.captions)):
                 unfit.append(Unfit(query.id, CUT, "the text is longer than the model reads"))
-            triplets.append(_triplet(place, dataset, query, first))
-        first += len(dataset.gallery)
-    if not triplets:
+            usable.append((place, query))
+    if not usable:
         names = ", ".join(f"{dataset.name}:{dataset.split}" for dataset in datasets)
         raise DataError(f"{names} has no query with a target and a text")
-    return triplets, unfit
+    return usable, unfit
 
 
-def _triplet(place: int, dataset: Dataset, query: Query, first: int) -> Triplet:
-    equal = min(dataset.gallery.position(target) for target in query.targets)
+def _triplet(place: int, query: Query, gallery: Gallery, first: int) -> Triplet:
+    equal = min(gallery.position(target) for target in query.targets)
     return Triplet(place, query.reference, query.captions, query.targets[0], first + equal)
 
 

@@ -126,7 +126,7 @@ def test_equal_targets_have_one_id(triplets):
         else query
         for query in dataset.queries
     ]
-    found, _ = learnable([replace(dataset, queries=tuple(queries))], triplets.model)
+    found = Triplets([replace(dataset, queries=tuple(queries))], triplets.model).triplets
     assert len({t.target_id for t in found if {t.target} & {one, other}}) == 1
 
 
