@@ -7,7 +7,6 @@ the worst case and the expectation under a random order of ties.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from math import comb
 from typing import Any
 
 import numpy as np
@@ -57,15 +56,10 @@ class TargetRanks:
     def expected_hits(self, k: int) -> Floats:
         """(Q,) probability of a hit at `k` under a random order of ties.
 
-        Of `tied_others + tied_targets` equal candidates the first `k - above` are drawn without
-        replacement; a miss draws no target.
+        Of `tied_others + tied_targets` equal candidates the first `k - above` are drawn.
         """
-        hits = (self.best <= k).astype(np.float64)
-        for q in np.flatnonzero((self.tied_others > 0) & (hits > 0)):
-            others, targets = int(self.tied_others[q]), int(self.tied_targets[q])
-            drawn = min(k - int(self.above[q]), others + targets)
-            hits[q] = 1 - comb(others, drawn) / comb(others + targets, drawn)
-        return hits
+        left_Q = np.where(self.best <= k, k - self.above, 0)
+        return random_hits(self.tied_others + self.tied_targets, self.tied_targets, left_Q)
 
     def average_precision(self, k: int) -> Floats:
         """(Q,) AP@k as CIRCO: sum over hits of precision at the hit / min(k, number of targets)."""
@@ -97,6 +91,26 @@ class TargetRanks:
             for part in parts
         ]
         return TargetRanks(**columns, all_targets=np.concatenate(padded))
+
+
+def random_hits(candidates_Q: Ints, targets_Q: Ints, k_Q: Ints | int) -> Floats:
+    """(Q,) probability that the first K of so many candidates in random order hold a target.
+
+    1 - C(n - t, K) / C(n, K) = 1 - product over i < t of (1 - K / (n - i)), in logarithms: neither
+    large galleries nor small probabilities lose digits.
+
+    Args:
+        candidates_Q: n, the targets among them.
+        targets_Q: t.
+        k_Q: K, of every query or of all.
+    """
+    missed_Q = np.zeros(len(candidates_Q))
+    for i in range(targets_Q.max(initial=0)):
+        share_Q = np.minimum(k_Q / np.maximum(candidates_Q - i, 1), 1.0)
+        with np.errstate(divide="ignore"):
+            missed_Q += np.where(i < targets_Q, np.log1p(-share_Q), 0.0)
+    hit_Q: Floats = 0.0 - np.expm1(missed_Q)
+    return hit_Q
 
 
 def rank_targets(scores_QN: Scores, targets_QT: Ints) -> TargetRanks:

@@ -1,5 +1,7 @@
 import itertools
 import json
+from fractions import Fraction
+from math import comb
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from dafm_ray.evaluation.metrics import (
     UNRANKED,
     TargetRanks,
     columns_of,
+    random_hits,
     rank_targets,
     subset_ranks,
 )
@@ -118,6 +121,44 @@ def test_metrics_do_not_depend_on_the_order_of_the_source(seed):
         row = np.array([[scores[id] for id in gallery.ids]], dtype=np.float32)
         found.append(rank_targets(row, np.array([[gallery.position("i3")]])).stored[0])
     assert len(set(found)) == 1
+
+
+@given(st.integers(1, 7), st.data())
+def test_a_random_order_hits_as_often_as_all_orders_do(candidates, data):
+    targets = data.draw(st.integers(0, candidates))
+    k = data.draw(st.integers(1, 9))
+    firsts = list(itertools.combinations(range(candidates), min(k, candidates)))
+    expected = sum(min(first) < targets for first in firsts) / len(firsts)
+    [found] = random_hits(np.array([candidates]), np.array([targets]), k)
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30_000), st.integers(0, 40)), min_size=1, max_size=5),
+    st.integers(1, 50),
+)
+def test_a_random_order_hits_as_the_formula_says(sizes, k):
+    candidates = np.array([n for n, _ in sizes])
+    targets = np.array([min(n, t) for n, t in sizes])
+    found = random_hits(candidates, targets, k)
+    for n, t, p in zip(candidates.tolist(), targets.tolist(), found, strict=True):
+        missed = Fraction(comb(n - t, k), comb(n, k)) if k <= n else Fraction(t == 0)
+        assert p == pytest.approx(float(1 - missed), rel=1e-11)
+        assert 0 <= p <= 1
+        if t and k >= n - t + 1:
+            assert p == 1
+    assert (random_hits(candidates, targets, k + 1) >= found).all()
+    assert (random_hits(candidates + 1, targets, k) <= found).all()
+
+
+def test_scores_that_are_all_equal_hit_as_a_random_order_does():
+    """Of the candidates that are ranked: one is masked, one target of two was not scored."""
+    scores = np.zeros((2, 9), dtype=np.float32)
+    scores[0, 3] = scores[1, [3, 5]] = np.nan
+    ranks = rank_targets(scores, np.array([[0, 1], [0, 5]]))
+    expected = random_hits(np.array([8, 7]), np.array([2, 1]), 3)
+    assert ranks.expected_hits(3) == pytest.approx(expected)
+    assert expected == pytest.approx([1 - comb(6, 3) / comb(8, 3), 3 / 7])
 
 
 def test_average_precision_as_circo_defines_it():
