@@ -466,7 +466,7 @@ def _audited(found: "Audit", file: Path | None) -> int:
     from dafm_ray.markdown import markdown_table
 
     table = found.table
-    print(markdown_table(table.header, table.rows, table.words))
+    print(markdown_table(table.header, table.shown, table.words))
     print(f"\n{table.text}\n" + "\n".join(found.notes))
     if file is not None:
         with refusals(file):

@@ -16,8 +16,7 @@ from dafm_ray.evaluation.metrics import UNRANKED, Ints, TargetRanks
 from dafm_ray.evaluation.protocols import HEADLINE
 from dafm_ray.evaluation.significance import Paired, Resampling, compare
 from dafm_ray.evaluation.summary import Summary, SystemRanks
-from dafm_ray.report.findings import Section
-from dafm_ray.report.sections import points
+from dafm_ray.report.findings import Cells, Section
 from dafm_ray.tiles.manifest import Manifest
 
 METRICS, RANKS = "metrics.json", "ranks.parquet"
@@ -76,12 +75,12 @@ class Against:
 
     def section(self) -> Section:
         """As a table."""
-        metrics = [m for m in (HEADLINE, "Rmean") if m in self.compared[0][2]]
-        rows = tuple(
+        metrics = tuple(m for m in (HEADLINE, "Rmean") if m in self.compared[0][2])
+        rows: tuple[Cells, ...] = tuple(
             (
                 mine,
                 theirs,
-                *(points(paired[m]) for m in metrics),
+                *(paired[m] for m in metrics),
                 f"{paired[HEADLINE].win}/{paired[HEADLINE].tie}/{paired[HEADLINE].loss}",
             )
             for mine, theirs, paired in self.compared
@@ -92,7 +91,8 @@ class Against:
             "metrics.json has every metric."
         )
         header = ("here", "there", *metrics, f"win/tie/loss at {HEADLINE}")
-        return Section("Against an earlier run", text, header, rows, words=2)
+        title = "Against an earlier run"
+        return Section(title, text, header, rows, words=2, differences=metrics)
 
     def to_json(self) -> dict[str, Any]:
         """For `metrics.json`."""

@@ -13,18 +13,13 @@ from dafm_ray.evaluation.significance import Paired, Resampling, compare
 from dafm_ray.evaluation.slices import slices
 from dafm_ray.evaluation.summary import Summary
 from dafm_ray.fusion.ablation import Without
-from dafm_ray.report.findings import Section, write_csv
+from dafm_ray.report.findings import Section
 from dafm_ray.report.tables import ABSENT, Table, latex, latex_table, line
 
 TABLES = "tables"
 """Folder of the smaller tables beside a report."""
 
-
-def points(paired: Paired) -> str:
-    """A difference with its interval, and a star if it stands after the correction."""
-    low, high = paired.ci95
-    star = " *" if paired.is_significant else ""
-    return f"{paired.diff:+.2f} [{low:+.2f}, {high:+.2f}]{star}"
+_DIFFERENCE = "difference"
 
 
 def contributions(
@@ -47,7 +42,7 @@ def contributions(
     ]
     found = compare(pairs, resampling)
     rows = [
-        (one.model, one.system.name, f"{summary.percent(HEADLINE):.2f}", points(paired))
+        (one.model, one.system.name, f"{summary.percent(HEADLINE):.2f}", paired)
         for (one, summary), paired in zip(ablations, found, strict=True)
     ]
     text = (
@@ -56,8 +51,8 @@ def contributions(
         "Holm's correction. Where the interval lies around 0 the model may be superfluous, or the "
         "queries too few to tell."
     )
-    header = ("without", "fusion", HEADLINE, "difference")
-    return [Section("What each model is worth", text, header, tuple(rows), words=2)]
+    title, header = "What each model is worth", ("without", "fusion", HEADLINE, _DIFFERENCE)
+    return [Section(title, text, header, tuple(rows), words=2, differences=(_DIFFERENCE,))]
 
 
 def breakdown(
@@ -86,7 +81,7 @@ def breakdown(
             part.name,
             str(len(part.queries)),
             *(f"{100 * resampling.mean(_only(one, part.queries)):.2f}" for one in shown),
-            points(found[n]) if found else ABSENT,
+            found[n] if found else ABSENT,
             f"{found[n].win}/{found[n].tie}/{found[n].loss}" if found else ABSENT,
         )
         for n, part in enumerate(parts)
@@ -97,8 +92,9 @@ def breakdown(
         "are those of the modification text."
     )
     names = tuple(one.system.name for one in shown)
-    header = ("queries", "number", *names, "difference", "win/tie/loss")
-    return [Section("Where it helps", text, header, tuple(rows))] if rows else []
+    header = ("queries", "number", *names, _DIFFERENCE, "win/tie/loss")
+    section = Section("Where it helps", text, header, tuple(rows), differences=(_DIFFERENCE,))
+    return [section] if rows else []
 
 
 def write_sections(sections: Sequence[Section], folder: Path) -> None:
@@ -106,8 +102,8 @@ def write_sections(sections: Sequence[Section], folder: Path) -> None:
     (folder / TABLES).mkdir(exist_ok=True)
     for section in sections:
         name = re.sub(r"[^a-z0-9]+", "_", section.title.lower()).strip("_")
-        write_csv(folder / TABLES / f"{name}.csv", section.header, section.rows)
-        lines = [line(map(latex, row)) for row in section.rows]
+        section.write_csv(folder / TABLES / f"{name}.csv")
+        lines = [line(map(latex, row)) for row in section.shown]
         text = latex_table(section.text, section.header, lines, section.words)
         (folder / TABLES / f"{name}.tex").write_text(text, encoding="utf-8")
 

@@ -1,3 +1,4 @@
+import csv
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ from dafm_ray.evaluation.protocols import HEADLINE, protocol
 from dafm_ray.evaluation.significance import Resampling
 from dafm_ray.evaluation.summary import Summary
 from dafm_ray.report.evaluate import evaluate
+from dafm_ray.report.findings import Section
 from dafm_ray.report.ranked import rank_all
 from dafm_ray.report.results import result_table
 from dafm_ray.report.sections import breakdown, contributions
@@ -50,8 +52,8 @@ def measured(tmp_path_factory):
 def test_a_model_that_is_noise_costs_and_a_strong_one_carries(measured):
     _, _, summaries, ablations, resampling, _ = measured
     [section] = contributions(ablations, summaries, resampling)
-    found = {row[0]: row for row in section.rows}
-    assert {row[1] for row in section.rows} == {"mean@zscore"}
+    found = {row[0]: row for row in section.shown}
+    assert {row[1] for row in section.shown} == {"mean@zscore"}
     differences = {model: float(row[3].split()[0]) for model, row in found.items()}
     assert differences["strong"] < differences["weak"] < 0 < differences["noise"]
     assert found["strong"][3].endswith("*")
@@ -85,9 +87,24 @@ def test_they_are_files_too(measured):
     folder = measured[-1].report.parent / "tables"
     names = {path.name for path in folder.iterdir()}
     assert {"what_each_model_is_worth.csv", "where_it_helps.tex"} <= names
-    first = (folder / "what_each_model_is_worth.csv").read_text().splitlines()[1]
-    assert first.startswith("noise,mean@zscore,")
+    with (folder / "what_each_model_is_worth.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["without"] for row in rows] == ["noise", "strong", "weak"]
+    _, _, summaries, ablations, resampling, _ = measured
+    [section] = contributions(ablations, summaries, resampling)
+    for row, (*_, shown) in zip(rows, section.shown, strict=True):
+        difference, low, high = (float(row[f"difference{end}"]) for end in ("", " low", " high"))
+        star = " *" if row["difference significant"] == "true" else ""
+        assert shown == f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]{star}"
     assert r"\toprule" in (folder / "where_it_helps.tex").read_text()
+
+
+def test_the_columns_of_a_file_do_not_depend_on_what_there_is(tmp_path):
+    columns = ("difference", "difference low", "difference high", "difference significant")
+    section = Section("T", "", ("what", "difference"), (("a", "-"),), differences=("difference",))
+    section.write_csv(tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open(newline="") as stream:
+        assert list(csv.DictReader(stream)) == [{"what": "a"} | dict.fromkeys(columns, "")]
 
 
 def test_the_report_shows_them(measured):
