@@ -121,6 +121,19 @@ class Resampling:
         p_C: Floats = (1 + extreme_C) / (1 + RANDOMISATIONS)
         return p_C
 
+    def random_means(self, probabilities_Q: Floats) -> Floats:
+        """(RANDOMISATIONS,) means of hits that are drawn for each query with its probability."""
+        strata = np.unique(self._strata_Q)
+        means_R = np.zeros(RANDOMISATIONS)
+        rng = np.random.default_rng(self._seed)
+        for stratum in strata:
+            own_Q = probabilities_Q[self._strata_Q == stratum]
+            # As many draws as there are different probabilities, not as there are queries.
+            for probability, count in zip(*np.unique(own_Q, return_counts=True), strict=True):
+                hits_R = rng.binomial(count, probability, size=RANDOMISATIONS)
+                means_R += hits_R / (len(own_Q) * len(strata))
+        return means_R
+
     def _counted(self, values_QC: Floats) -> Iterator[NDArray[np.bool_]]:
         """Stratum by stratum, which values count."""
         there_QC = ~np.isnan(values_QC)
@@ -139,17 +152,24 @@ class Resampling:
         return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def compare(pairs: Sequence[tuple[str, Floats, Floats]], resampling: Resampling) -> list[Paired]:
+def compare(
+    pairs: Sequence[tuple[str, Floats, Floats]],
+    resampling: Resampling,
+    least_p: Floats | None = None,
+) -> list[Paired]:
     """Compare systems query by query, with Holm's correction over all pairs.
 
     Args:
         pairs: metric, (Q,) values of one system and of the other.
         resampling: of the same queries.
+        least_p: (pairs,) p-values of another test; the larger of the two counts.
     """
     if not pairs:
         return []
     differences_QC = np.stack([one - other for _, one, other in pairs], axis=1)
     p_C = resampling.p_values(differences_QC)
+    if least_p is not None:
+        p_C = np.maximum(p_C, least_p)
     return [
         Paired(
             metric=metric,
