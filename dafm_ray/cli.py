@@ -88,6 +88,17 @@ def _parser() -> argparse.ArgumentParser:
         "--against", default="", metavar="RUN", help="an earlier evaluation of the same queries"
     )
     evaluate.add_argument(
+        "--chance", action="store_true", help="compare every model with a random order"
+    )
+    evaluate.add_argument(
+        "--start",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=START",
+        help="models and what they were fine-tuned from, to compare with it and with chance",
+    )
+    evaluate.add_argument(
         "--study",
         nargs="+",
         action="extend",
@@ -301,10 +312,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             tune_on=tuple(arguments.tune_on),
             bank=arguments.bank,
             against=arguments.against,
+            chance=arguments.chance,
+            starts=_starts(arguments.start),
             studies=tuple(arguments.study),
             cases=arguments.cases,
         )
     )
+
+
+def _starts(given: Sequence[str]) -> dict[str, str]:
+    starts: dict[str, str] = {}
+    for pair in given:
+        name, _, start = pair.partition("=")
+        if not name or not start:
+            raise ConfigError(f"--start {pair!r}: write NAME=START, both models of the store")
+        if starts.setdefault(name, start) != start:
+            raise ConfigError(f"--start: {name!r} has two starts, {starts[name]} and {start}")
+    return starts
 
 
 def _fuse_train(arguments: argparse.Namespace) -> int:

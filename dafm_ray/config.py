@@ -160,6 +160,9 @@ class EvaluateConfig:
         bank_t: of the banks of static fusions, see `fusion/bank.py`.
         against: folder of an earlier evaluation of the same queries, or its `metrics.json`; what
             both ranked is compared.
+        chance: whether every single model is compared with a random order of the candidates.
+        starts: model -> the model of the same stores it was fine-tuned from, compared beside
+            chance.
         studies: folders of finished studies of orders, whose figure is shown.
         cases: queries shown with pictures.
         seed: of the resampling and of the sample of cases.
@@ -174,11 +177,14 @@ class EvaluateConfig:
     bank: str = ""
     bank_t: float = BANK_T
     against: str = ""
+    chance: bool = False
+    starts: dict[str, str] = field(default_factory=dict)
     studies: tuple[str, ...] = ()
     cases: int = 12
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _refuse_circles(self.starts)
         if self.cases < 0:
             raise ConfigError("cases must be at least 0")
         if not 0 < self.bank_t < math.inf:
@@ -195,6 +201,18 @@ class EvaluateConfig:
     def tuning_stores(self) -> tuple[str, ...]:
         """`tune_on` as a tuple."""
         return _several(self.tune_on)
+
+
+def _refuse_circles(starts: Mapping[str, str]) -> None:
+    for name in starts:
+        line = [name]
+        while line[-1] in starts:
+            line.append(starts[line[-1]])
+            if line[-1] in line[:-1]:
+                raise ConfigError(
+                    f"starts: {line[-1]!r} is its own start ({' from '.join(line)}); name the "
+                    "model whose weights it was fine-tuned from"
+                )
 
 
 def _several(given: str | tuple[str, ...]) -> tuple[str, ...]:

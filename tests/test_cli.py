@@ -55,6 +55,25 @@ def test_info_verify_and_evaluate_a_store(tmp_path, capsys):
     assert "report.html" in printed
 
 
+def test_models_are_compared_with_chance_and_their_starts(tmp_path, capsys):
+    store = score_store(tmp_path / "s", labelled_dataset(23, 17), ("a", "b", "c"))
+    job = ["evaluate", store.uri, "--out", str(tmp_path / "out"), "--cases", "0"]
+    job += ["--fusion", "mean", "--start"]
+    assert main([*job, "b=a", "c=a", "--chance"]) == 0
+    assert "its start a at R@10" in capsys.readouterr().out
+    for wrong, message in (
+        (["b"], "write NAME=START"),
+        (["=a"], "write NAME=START"),
+        (["b=d"], "there is no model of the store 'd'"),
+        (["mean@zscore=a"], "there is no model of the store 'mean@zscore'"),
+        (["b=b"], "'b' is its own start (b from b)"),
+        (["b=a", "a=b"], "'b' is its own start (b from a from b)"),
+        (["b=a", "b=c"], "'b' has two starts, a and c"),
+    ):
+        assert main([*job, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_damaged_store_ends_with_3(tmp_path, capsys):
     store = score_store(tmp_path / "s", labelled_dataset(23, 17))
     tile = next((tmp_path / "s" / "scores").rglob("*.arrow"))

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from dafm_ray.config import EvaluateConfig, to_yaml
 from dafm_ray.datasets.base import Query, digest
 from dafm_ray.errors import DataError, refusals
+from dafm_ray.evaluation.chance import RandomOrder
 from dafm_ray.evaluation.metrics import UNRANKED, TargetRanks
 from dafm_ray.evaluation.protocols import protocol
 from dafm_ray.evaluation.significance import Resampling
@@ -40,6 +41,7 @@ from dafm_ray.report.page import render
 from dafm_ray.report.ranked import rank_all
 from dafm_ray.report.results import result_table
 from dafm_ray.report.sections import breakdown, contributions, write_sections
+from dafm_ray.report.starts import Standings, compare_with_starts, refuse_unknown_starts
 from dafm_ray.report.stores import refuse_unlike
 from dafm_ray.report.tables import Table, to_csv, to_latex, to_markdown
 from dafm_ray.tiles.manifest import Manifest
@@ -67,13 +69,14 @@ def evaluate(config: EvaluateConfig, opened: Sequence[TileStore] | None = None) 
         opened: the stores, if some of their queries are hidden.
 
     Raises:
-        ConfigError: an unknown fusion.
+        ConfigError: an unknown fusion, or an unknown model among the starts.
         DataError: a store is incomplete or damaged, its queries have no targets, or the stores do
             not belong together.
         MachineError: the output folder cannot be written.
     """
     stores = list(opened or [TileStore(uri) for uri in config.stores])
     refuse_unlike(stores)
+    refuse_unknown_starts(config.starts, stores[0].models)
     queries = [query for store in stores for query in store.queries]
     labelled = np.flatnonzero([bool(query.targets) for query in queries])
     if not len(labelled):
@@ -100,8 +103,14 @@ def evaluate(config: EvaluateConfig, opened: Sequence[TileStore] | None = None) 
     table = result_table(stores, counted, [*summaries.values(), *oracles], resampling)
     ablations = [(one, summary(ranks)) for one, ranks in ranked.ablations]
     against = compare_runs(run, counted, summaries, table.top.name, resampling) if run else None
+    standings = None
+    if config.chance or config.starts:
+        sizes = [store.size("gallery") for store in stores for _ in store.queries]
+        order = RandomOrder.of(counted, [sizes[q] for q in labelled])
+        standings = compare_with_starts(summaries, order, config.starts, resampling)
     sections = [
         *([against.section()] if against else []),
+        *([standings.section()] if standings else []),
         *contributions(ablations, summaries, resampling),
         *breakdown(counted, table, summaries, resampling),
     ]
@@ -110,10 +119,15 @@ def evaluate(config: EvaluateConfig, opened: Sequence[TileStore] | None = None) 
     systems = [here.systems for here in ranked.made]
     cases = case_studies(stores, systems, ranks, (table.top.name, table.single), config)
     failures = [failure for store in stores for failure in store.failures()]
-    notes = [*summary_notes(table), *([against.note] if against else [])]
+    notes = [
+        *summary_notes(table),
+        *(standings.notes if standings else []),
+        *([against.note] if against else []),
+    ]
     footing = footing_notes(ranked.made, list(summaries.values()))
     texts = {
-        METRICS: json.dumps(_metrics(manifests, table, against, config), indent=1) + "\n",
+        METRICS: json.dumps(_metrics(manifests, table, standings, against, config), indent=1)
+        + "\n",
         "table.md": to_markdown(table),
         "table.csv": to_csv(table),
         "table.tex": to_latex(table),
@@ -153,7 +167,11 @@ def _ranks(ranks: TargetRanks | None, queries: int = 0) -> list[int | None]:
 
 
 def _metrics(
-    manifests: Sequence[Manifest], table: Table, against: Against | None, config: EvaluateConfig
+    manifests: Sequence[Manifest],
+    table: Table,
+    standings: Standings | None,
+    against: Against | None,
+    config: EvaluateConfig,
 ) -> dict[str, Any]:
     first = manifests[0]
     published = table.published.rows if table.published else {}
@@ -175,11 +193,14 @@ def _metrics(
         "caption": table.caption,
         "systems": [
             *(
-                asdict(row) | {"vs": {n: asdict(p) for n, p in row.vs.items()}}
+                asdict(row)
+                | {"vs": {n: asdict(p) for n, p in row.vs.items()}}
+                | (standings.to_json(row.name) if standings else {})
                 for row in table.rows
             ),
             *({"name": n, "kind": "published", "metrics": m} for n, m in published.items()),
         ],
+        "chance": standings.chance if standings else None,
         "against": against.to_json() if against else None,
         "overlap": asdict(table.overlap),
         "versions": first.versions,
