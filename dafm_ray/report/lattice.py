@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from dafm_ray.errors import DataError
+from dafm_ray.files import write_csv
 from dafm_ray.fusion.study import GROW, drawn_orders, orders, shapley
 from dafm_ray.fusion.trial import Chance
 from dafm_ray.fusion.tune import Studied
 from dafm_ray.report.figures import Figure, Order, bar_figure, line_figure
-from dafm_ray.report.findings import Findings, Section, write_csv
+from dafm_ray.report.findings import Findings, Section
 
 PUBLISHED = {
     "CIRR test1": ((82.07,), (83.0, 83.3), (83.9, 84.0), (84.43,)),

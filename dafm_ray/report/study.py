@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 
 from dafm_ray.config import StudyConfig, to_yaml
 from dafm_ray.errors import DataError, refusals
+from dafm_ray.files import write_csv
 from dafm_ray.fusion.train import open_stores
 from dafm_ray.fusion.trial import Trial
 from dafm_ray.fusion.tune import Studied, run_study
 from dafm_ray.markdown import markdown_table
 from dafm_ray.report.choice import BASELINE, choose_network, choose_static, spoken, written
 from dafm_ray.report.figures import write_figures
-from dafm_ray.report.findings import Findings, Section, write_csv
+from dafm_ray.report.findings import Findings, Section
 from dafm_ray.report.lattice import find_in_orders
 from dafm_ray.report.templates import rendered
 from dafm_ray.tiles.manifest import joint_title
