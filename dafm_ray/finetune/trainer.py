@@ -23,6 +23,7 @@ from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.files import write_csv
 from dafm_ray.finetune.config import FinetuneConfig
 from dafm_ray.finetune.contrast import InBatch, loss_weights
+from dafm_ray.finetune.dpo import Preference
 from dafm_ray.finetune.inversion import Inversion
 from dafm_ray.finetune.objective import Objective, several_workers
 from dafm_ray.finetune.step import step
@@ -178,6 +179,8 @@ def train(
 def objective_of(config: FinetuneConfig, model: FrozenModel, rank: int) -> Objective[Any]:
     """What a job minimises."""
     datasets = [load_dataset(data) for data in config.trained_on]
+    if config.preference is not None:
+        return Preference(model, config, datasets, rank)
     if config.inversion is not None:
         return Inversion(model, config, datasets, rank)
     return InBatch(model, config, datasets, rank)
