@@ -221,18 +221,33 @@ def unit(features: Tensor) -> Tensor:
 Sizes = TypeVar("Sizes")
 
 
-def scratch_sizes(kind: type[Sizes], scratch: Mapping[str, Any], vocab_size: int) -> Sizes:
+def scratch_sizes(
+    kind: type[Sizes],
+    scratch: Mapping[str, Any],
+    vocab_size: int,
+    known: Mapping[str, int] | None = None,
+) -> Sizes:
     """Sizes of new towers, from `scratch.towers` of a training job.
+
+    Args:
+        kind: the family's dataclass of sizes.
+        scratch: of the job.
+        vocab_size: of the vocabulary.
+        known: sizes of a tower that exists, which `scratch.towers` need not repeat.
 
     Raises:
         ConfigError: a size is missing, unknown or impossible.
     """
     try:
         towers = dict(scratch["towers"])
-        sizes = kind(**{**towers, "vocab_size": vocab_size})
+        sizes = kind(**{**(known or {}), **towers, "vocab_size": vocab_size})
     except (KeyError, TypeError, ValueError) as error:
         fields = f"the fields of {kind.__name__}"
         raise ConfigError(f"scratch.towers must hold {fields}: {error}") from None
+    for key, value in (known or {}).items():
+        if towers.get(key, value) != value:
+            found = f"scratch.towers.{key} is {towers[key]}"
+            raise ConfigError(f"{found}, but {value} in scratch.vision; leave it out")
     for key, value in towers.items():
         several = value if isinstance(value, list) else [value]
         # A patch of 0 stands for a convolutional tower.

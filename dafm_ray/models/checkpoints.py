@@ -66,16 +66,17 @@ class Checkpoint:
             f"(it holds: {', '.join(found_prefixes[:_NAMES_SHOWN])})"
         )
 
-    def recorded_sizes(self, kind: type[Sizes]) -> Sizes:
+    def recorded_sizes(self, kind: type[Sizes], key: str = "sizes") -> Sizes:
         """Sizes that a file of our own records in its header.
 
         Args:
             kind: the family's dataclass of sizes.
+            key: of the header.
 
         Raises:
             DataError: the file is one of another family, or its header is damaged.
         """
-        recorded = self.metadata["sizes"]
+        recorded = self.metadata[key]
         try:
             known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
             if set(recorded) != known:
@@ -116,18 +117,19 @@ def read_checkpoint(location: str) -> Checkpoint:
 
 
 def weights_digest(location: str) -> str:
-    """SHA-256 of the bytes of weights files, or of what an open_clip tag stands for; weights that
-    are no file are their own digest.
+    """SHA-256 of the bytes of weights files and of what open_clip tags stand for; random weights
+    are their own digest.
 
     Raises:
         DataError: there is no such file.
     """
     if location in RANDOM:
         return location
-    if is_tag(location):
-        return tag_digest(location)
     hasher = hashlib.sha256()
     for part in location.split("+"):
+        if is_tag(part):
+            hasher.update(tag_digest(part).encode())
+            continue
         with _local_path(part).open("rb") as file:
             hasher.update(hashlib.file_digest(file, "sha256").digest())
     return hasher.hexdigest()

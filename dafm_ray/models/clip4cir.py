@@ -22,6 +22,9 @@ from dafm_ray.models.clip_towers import (
 from dafm_ray.models.families import OnClip, Padded
 from dafm_ray.models.initialisation import seeded
 
+LAYOUTS = ("CLIP", "state_dict.clip")
+"""Before the towers' keys: the authors' files and ours, and SPN4CIR's."""
+
 
 class Combiner(nn.Module):
     """Learned fusion of un-normalised image and text features.
@@ -173,8 +176,8 @@ class Clip4Cir(ClipModel):
 
 
 def towers_of(checkpoint: Checkpoint) -> tuple[nn.Module, TowerSizes]:
-    """Towers from the layouts `CLIP.*` (authors, ours) and `state_dict.clip.*` (SPN4CIR)."""
-    tensors = checkpoint.section("CLIP", "state_dict.clip")
+    """Towers from the layouts that `LAYOUTS` names."""
+    tensors = checkpoint.section(*LAYOUTS)
     if "sizes" in checkpoint.metadata:
         sizes = checkpoint.recorded_sizes(TowerSizes)
     else:

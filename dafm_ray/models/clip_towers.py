@@ -68,6 +68,17 @@ class TowerSizes:
         except KeyError as error:
             raise DataError(f"{where} holds no CLIP weights: {error} is missing") from None
 
+    @property
+    def vision(self) -> dict[str, Any]:
+        """Fields of open_clip's `CLIPVisionCfg`."""
+        return {
+            "layers": self.vision_layers,
+            "width": self.vision_width,
+            "patch_size": self.patch_size,
+            "image_size": self.image_size,
+            "head_width": self.vision_head_width,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a weights file's header; see `Checkpoint.recorded_sizes`."""
         return asdict(self)
@@ -108,15 +119,8 @@ def _sizes(tensors: Mapping[str, Tensor], text_heads: int | None) -> TowerSizes:
 def build_towers(sizes: TowerSizes) -> nn.Module:
     """An `open_clip.model.CLIP` with QuickGELU, as OpenAI trained it; weights are random."""
     make_torchvision_importable()
-    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+    from open_clip.model import CLIP, CLIPTextCfg
 
-    vision = CLIPVisionCfg(
-        layers=sizes.vision_layers,
-        width=sizes.vision_width,
-        patch_size=sizes.patch_size,
-        image_size=sizes.image_size,
-        head_width=sizes.vision_head_width,
-    )
     text = CLIPTextCfg(
         context_length=sizes.context_length,
         vocab_size=sizes.vocab_size,
@@ -124,7 +128,9 @@ def build_towers(sizes: TowerSizes) -> nn.Module:
         heads=sizes.text_heads,
         layers=sizes.text_layers,
     )
-    towers: nn.Module = CLIP(sizes.embed_dim, vision_cfg=vision, text_cfg=text, quick_gelu=True)
+    towers: nn.Module = CLIP(
+        sizes.embed_dim, vision_cfg=sizes.vision, text_cfg=text, quick_gelu=True
+    )
     return towers
 
 

@@ -11,14 +11,14 @@ from dafm_ray.models.blip import BlipSizes
 from dafm_ray.models.captions import join_capitalised
 from dafm_ray.models.clip_towers import TowerSizes, token_ids
 from dafm_ray.models.preprocess import target_pad, to_tensor
-from dafm_ray.models.qformer import QFormerSizes
+from dafm_ray.models.qformer import FormerSizes
 from dafm_ray.models.wordpieces import WordPieces
 
 
 class Padded(FrozenModel):
     """Pictures and captions as CLIP4CIR and all that followed it read them."""
 
-    sizes: TowerSizes | BlipSizes | QFormerSizes
+    sizes: TowerSizes | BlipSizes | FormerSizes
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """TargetPad 1.25, bicubic resize, centre crop, CLIP statistics."""
@@ -74,7 +74,7 @@ class OnBlip(Padded):
     """
 
     def __init__(
-        self, module: nn.Module, sizes: BlipSizes | QFormerSizes, variant: str, words: WordPieces
+        self, module: nn.Module, sizes: BlipSizes | FormerSizes, variant: str, words: WordPieces
     ) -> None:
         words.refuse_unfit(sizes.vocab_size)
         self.module = module

@@ -33,7 +33,7 @@ def is_tag(weights: str) -> bool:
     architecture, _, pretrained = weights.partition("/")
     if not (architecture and pretrained) or "://" in weights:
         return False
-    return not Path(weights.partition("+")[0]).is_file() and bool(_nearest(architecture))
+    return not Path(weights).is_file() and bool(_nearest(architecture))
 
 
 def tag_digest(weights: str) -> str:
@@ -59,14 +59,16 @@ class OpenClipModel:
     Args:
         architecture: one of `open_clip.list_models()`.
         module: what `open_clip.create_model` makes of it.
+        quick_gelu: its activation.
 
     Attributes:
         context_length: T of `tokens`.
         preprocess_config: what `evaluation_transform` takes, plain values.
     """
 
-    def __init__(self, architecture: str, module: nn.Module) -> None:
+    def __init__(self, architecture: str, module: nn.Module, quick_gelu: bool) -> None:
         self.architecture = architecture
+        self.quick_gelu = quick_gelu
         self.module: Any = module
         self.context_length = int(architecture_config(architecture)["text_cfg"]["context_length"])
         visual: Any = module.visual
@@ -102,7 +104,7 @@ class OpenClipModel:
             )
         except Exception as error:  # whatever a broken file makes of the loader
             raise DataError(f"open_clip cannot build {weights}: {error}") from None
-        return cls(source.architecture, module)
+        return cls(source.architecture, module, source.quick_gelu)
 
     @cached_property
     def _transform(self) -> Any:
@@ -204,7 +206,7 @@ class _Source:
 
     Attributes:
         file: weights; None for random ones.
-        quick_gelu: whether the tag was trained with it; the architecture may have it by itself.
+        quick_gelu: the activation that the architecture has or the tag was trained with.
         preprocess: where it differs from open_clip's defaults.
     """
 
@@ -216,7 +218,7 @@ class _Source:
     @staticmethod
     def of(weights: str) -> "_Source":
         architecture, _, pretrained = weights.partition("/")
-        architecture_config(architecture)
+        quick_gelu = bool(architecture_config(architecture).get("quick_gelu"))
         import open_clip
 
         tags = {
@@ -232,7 +234,7 @@ class _Source:
                     f"the weights {weights} are not in the cache and cannot be downloaded; name "
                     f"their file, as in {architecture}//data/weights.safetensors: {error}"
                 ) from None
-            quick_gelu = bool(found.get("quick_gelu"))
+            quick_gelu = quick_gelu or bool(found.get("quick_gelu"))
             return _Source(architecture, file, quick_gelu, _preprocess(found))
         if pretrained != RANDOM_TAG and not Path(pretrained).is_file():
             raise DataError(
@@ -243,7 +245,7 @@ class _Source:
         known = [_preprocess(tag) for tag in tags.values()]
         agreed = known[0] if known and all(one == known[0] for one in known) else {}
         file = None if pretrained == RANDOM_TAG else pretrained
-        return _Source(architecture, file, False, agreed)
+        return _Source(architecture, file, quick_gelu, agreed)
 
 
 def _preprocess(tag: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,14 @@ image runs every position through the text feed-forward (`query_length=0`).
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from dafm_ray.errors import DataError
+from dafm_ray.models.base import unit
 from dafm_ray.models.checkpoints import load_strictly
 from dafm_ray.models.initialisation import spread
 from dafm_ray.models.renaming import VISION_TRANSFORMER, Rule, layers_below, rename
@@ -23,16 +25,12 @@ EVA_HEAD_WIDTH, QFORMER_HEAD_WIDTH = 88, 64
 
 
 @dataclass(frozen=True)
-class QFormerSizes:
-    """Everything needed to build the vision tower and the Q-Former."""
+class FormerSizes:
+    """Everything needed to build a Q-Former on a vision tower that exists."""
 
     embed_dim: int
     image_size: int
-    patch_size: int
     vision_width: int
-    vision_layers: int
-    vision_heads: int
-    vision_hidden: int
     width: int
     layers: int
     heads: int
@@ -46,8 +44,47 @@ class QFormerSizes:
         return asdict(self)
 
 
-EVA_G = QFormerSizes(256, 224, 14, 1408, 39, 16, 6144, 768, 12, 12, 3072, 512, 30523, 32)
-TINY = QFormerSizes(32, 56, 14, 64, 2, 2, 128, 64, 2, 2, 128, 64, 600, 32)
+@dataclass(frozen=True)
+class QFormerSizes(FormerSizes):
+    """Everything needed to build BLIP-2's vision tower and the Q-Former."""
+
+    patch_size: int
+    vision_layers: int
+    vision_heads: int
+    vision_hidden: int
+
+
+EVA_G = QFormerSizes(
+    embed_dim=256,
+    image_size=224,
+    patch_size=14,
+    vision_width=1408,
+    vision_layers=39,
+    vision_heads=16,
+    vision_hidden=6144,
+    width=768,
+    layers=12,
+    heads=12,
+    hidden=3072,
+    positions=512,
+    vocab_size=30523,
+    queries=32,
+)
+TINY = replace(
+    EVA_G,
+    embed_dim=32,
+    image_size=56,
+    vision_width=64,
+    vision_layers=2,
+    vision_heads=2,
+    vision_hidden=128,
+    width=64,
+    layers=2,
+    heads=2,
+    hidden=128,
+    positions=64,
+    vocab_size=600,
+)
 
 _BERT = r"(encoder\.layer\.\d+)\.(attention|crossattention)"
 
@@ -82,7 +119,7 @@ RULES: tuple[Rule, ...] = (
 class QFormer(nn.Module):
     """A Q-Former with its word embeddings."""
 
-    def __init__(self, sizes: QFormerSizes) -> None:
+    def __init__(self, sizes: FormerSizes) -> None:
         super().__init__()
         make_torchvision_importable()
         from transformers import Blip2QFormerConfig
@@ -159,50 +196,102 @@ class QFormer(nn.Module):
 class TextSide(QFormer):
     """SPN4CIR's second stage: a Q-Former and a projection of its own for the pass without image."""
 
-    def __init__(self, sizes: QFormerSizes) -> None:
+    def __init__(self, sizes: FormerSizes) -> None:
         super().__init__(sizes)
         self.proj = nn.Linear(sizes.width, sizes.embed_dim)
 
 
-class PromptedQFormer(nn.Module):
-    """All weights of SPRC; random.
+class OnImageTokens(nn.Module):
+    """What models on the tokens of a vision tower share.
+
+    Args:
+        sizes: of the model.
+        vision: the tower, which gives (B, P, V) tokens; BLIP-2's own, random, by default.
 
     Attributes:
         temperature: learnt in training, kept in checkpoints as `temp`.
+    """
+
+    def __init__(self, sizes: FormerSizes, vision: nn.Module | None = None) -> None:
+        super().__init__()
+        if vision is None:
+            assert isinstance(sizes, QFormerSizes)
+            vision = _blip2_vision(sizes)
+        self.vision_model = vision
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+
+    def image_tokens(self, images_B3HW: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, P, V), after the tower's last norm."""
+        found = self.vision_model(images_B3HW)
+        tokens: Tensor = found if isinstance(found, Tensor) else found.last_hidden_state
+        return tokens
+
+
+def _blip2_vision(sizes: QFormerSizes) -> nn.Module:
+    make_torchvision_importable()
+    from transformers import Blip2VisionConfig
+    from transformers.models.blip_2.modeling_blip_2 import Blip2VisionModel
+
+    config = Blip2VisionConfig(
+        hidden_size=sizes.vision_width,
+        intermediate_size=sizes.vision_hidden,
+        num_hidden_layers=sizes.vision_layers,
+        num_attention_heads=sizes.vision_heads,
+        image_size=sizes.image_size,
+        patch_size=sizes.patch_size,
+        layer_norm_eps=1e-6,
+        qkv_bias=True,
+        initializer_range=spread(sizes.vision_width),
+    )
+    tower = Blip2VisionModel(config)
+    tower.post_layernorm.eps = LN_VISION_EPS
+    return cast(nn.Module, tower)
+
+
+def new_tokens(sizes: FormerSizes) -> Tensor:
+    """(1, Q, W) random query or prompt tokens."""
+    return torch.randn(1, sizes.queries, sizes.width) * 0.02
+
+
+class PromptedQFormer(OnImageTokens):
+    """All weights of SPRC; random but for a given vision tower.
+
+    Attributes:
         text: set in SPN4CIR's second stage.
     """
 
-    def __init__(self, sizes: QFormerSizes, text_side: bool = False) -> None:
-        super().__init__()
-        make_torchvision_importable()
-        from transformers import Blip2VisionConfig
-        from transformers.models.blip_2.modeling_blip_2 import Blip2VisionModel
-
-        vision = Blip2VisionConfig(
-            hidden_size=sizes.vision_width,
-            intermediate_size=sizes.vision_hidden,
-            num_hidden_layers=sizes.vision_layers,
-            num_attention_heads=sizes.vision_heads,
-            image_size=sizes.image_size,
-            patch_size=sizes.patch_size,
-            layer_norm_eps=1e-6,
-            qkv_bias=True,
-            initializer_range=spread(sizes.vision_width),
-        )
-        self.vision_model = Blip2VisionModel(vision)
-        self.vision_model.post_layernorm.eps = LN_VISION_EPS
-        self.query_tokens = nn.Parameter(torch.randn(1, sizes.queries, sizes.width) * 0.02)
-        self.prompt_tokens = nn.Parameter(torch.randn(1, sizes.queries, sizes.width) * 0.02)
-        self.temperature = nn.Parameter(torch.tensor(0.07))
+    def __init__(
+        self, sizes: FormerSizes, text_side: bool = False, vision: nn.Module | None = None
+    ) -> None:
+        super().__init__(sizes, vision)
+        self.query_tokens = nn.Parameter(new_tokens(sizes))
+        self.prompt_tokens = nn.Parameter(new_tokens(sizes))
         self.fusion = QFormer(sizes)
         self.vision_proj = nn.Linear(sizes.width, sizes.embed_dim)
         self.text_proj = nn.Linear(sizes.width, sizes.embed_dim)
         self.text = TextSide(sizes) if text_side else None
 
-    def image_tokens(self, images_B3HW: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 1 + patches, V), after ln_vision."""
-        tokens: Tensor = self.vision_model(images_B3HW).last_hidden_state
-        return tokens
+    def candidates(self, image_BPV: Tensor) -> Tensor:
+        """(B, P, V) -> (B, Q, D), each vector L2-normalised."""
+        queries_BQW = self.query_tokens.expand(len(image_BPV), -1, -1)
+        return unit(self.vision_proj(self.fusion.of_image(queries_BQW, image_BPV)))
+
+    def fuse(self, image_BPV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Pass 1 turns reference and text into prompts; pass 2 reads prompts and text, no image."""
+        return self.read(self.prompts(image_BPV, ids_BT, mask_BT), ids_BT, mask_BT)
+
+    def prompts(self, image_BPV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """(B, Q, W): the sentence-level prompts of pass 1."""
+        queries_BQW = self.query_tokens.expand(len(image_BPV), -1, -1)
+        hidden_BLW = self.fusion.with_image(queries_BQW, image_BPV, ids_BT, mask_BT)
+        return hidden_BLW[:, : queries_BQW.shape[1]]
+
+    def read(self, prompts_BQW: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Pass 2: (B, D), L2-normalised."""
+        former = self.fusion if self.text is None else self.text
+        project = self.text_proj if self.text is None else self.text.proj
+        hidden_BLW = former.without_image(prompts_BQW, ids_BT, mask_BT)
+        return unit(project(hidden_BLW[:, prompts_BQW.shape[1]]))
 
 
 def sizes_of(

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dafm_ray.config import DatasetConfig
-from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.errors import ConfigError
 from dafm_ray.finetune.config import FinetuneConfig
 from dafm_ray.finetune.trainer import build, save_weights, train
 from dafm_ray.models.registry import load_model
@@ -62,6 +62,7 @@ FAMILIES = {
     "biblip4cir:combiner": BLIP,
     "sprc:base": QFORMER,
     "sprc:spn": QFORMER,
+    "sprc:pooled": QFORMER,
 }
 
 
@@ -125,10 +126,11 @@ def test_a_trained_model_is_where_another_of_its_towers_starts(config, tmp_path)
     learnt = first.module.towers.state_dict()
     attending = build(replace(config, model=f"blip4cir:stage1@{file}")).module.towers.state_dict()
     assert all(torch.equal(attending[key], learnt[key]) for key in learnt)
-    scratch = {"towers": QFORMER, "vision": str(file)}
+    sizes = {key: value for key, value in QFORMER.items() if not key.startswith("vision_")}
+    scratch = {"towers": sizes, "vision": str(file)}
     former = build(replace(config, model="sprc:base@scratch", scratch=scratch)).module
     for key, tensor in former.vision_model.state_dict().items():
         assert torch.equal(tensor, learnt[f"vision_model.{key}"])
     wider = {"towers": {**QFORMER, "vision_hidden": 256}, "vision": str(file)}
-    with pytest.raises(DataError, match="does not fit Blip2VisionModel"):
+    with pytest.raises(ConfigError, match="vision_hidden is 256, but 128"):
         build(replace(config, model="sprc:base@scratch", scratch=wider))

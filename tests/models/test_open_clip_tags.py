@@ -106,11 +106,12 @@ def test_a_tag_decides_on_the_activation_and_the_preprocessing(tmp_path, monkeyp
 
 
 def test_digests_are_of_the_weights(tmp_path):
-    assert weights_digest("Tiny-ViT/random") == "Tiny-ViT/random"
     for name, data in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         (tmp_path / name).write_bytes(data)
     a, b, c = (weights_digest(f"Tiny-ViT/{tmp_path}/{name}") for name in "abc")
     assert a == b != c
+    more = {weights_digest(f"Tiny-ViT/random+{tmp_path}/{name}") for name in "abc"}
+    assert len({a, c, weights_digest("Tiny-ViT/random"), *more}) == 5
 
 
 @pytest.mark.parametrize("ask", [OpenClipModel.load, weights_digest])

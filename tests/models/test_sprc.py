@@ -1,9 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
+from dafm_ray.errors import DataError
 from dafm_ray.finetune.losses import in_batch_contrastive
-from dafm_ray.models.base import Contrast
-from dafm_ray.models.checkpoints import read_checkpoint
+from dafm_ray.models.base import Contrast, ModelId
+from dafm_ray.models.checkpoints import Checkpoint, read_checkpoint
 from dafm_ray.models.qformer import (
     EVA_G,
     PromptedQFormer,
@@ -11,7 +13,7 @@ from dafm_ray.models.qformer import (
     renamed_qformer,
     sizes_of,
 )
-from dafm_ray.models.sprc import AUTHORS_KEY, Sprc
+from dafm_ray.models.sprc import AUTHORS_KEY, Sprc, published_tensors
 from dafm_ray.models.wordpieces import WordPieces
 from tests.models.golden import Golden, meta_tensors, shapes
 
@@ -53,7 +55,7 @@ def test_equals_the_published_implementation(fixture, golden):
     side = model.module.fusion if model.module.text is None else model.module.text
     second = side.without_image(first[:, :32], ids, mask)
     fixture.same("text_pass_last_hidden_state", second, HIDDEN)
-    queries = model.fuse(image, ids, mask)
+    queries = model.module.fuse(image, ids, mask)
     fixture.same("query_features", queries, UNIT)
     fixture.same("similarity", model.score(queries, gallery), UNIT)
 
@@ -148,10 +150,92 @@ def test_the_loss_of_the_second_stage_against_its_bank(golden):
     model = load(fixture, Golden(golden / "sprc").words())
     inputs = fixture.inputs
     image = model.module.image_tokens(inputs["reference_images"])
-    queries = model.fuse(image, inputs["input_ids"], inputs["attention_mask"])
+    queries = model.module.fuse(image, inputs["input_ids"], inputs["attention_mask"])
     bank = torch.cat([inputs["target_images"], inputs["reference_images"]])
     scores = model.score(queries, model.encode_gallery(bank)) / model.module.temperature
     fixture.same("loss_qtc", in_batch_contrastive(scores, torch.arange(4)), LOSS)
+
+
+def blip2_file(folder, golden, bare=False):
+    """BLIP-2's own file and EVA's, with what they hold besides, from the golden tensors."""
+    file = golden / "sprc" / "weights.safetensors"
+    tensors = read_checkpoint(str(file)).section(AUTHORS_KEY)
+    tower = {
+        key.removeprefix("visual_encoder."): value
+        for key, value in tensors.items()
+        if key.startswith("visual_encoder.")
+    }
+    tower |= {"blocks.39.norm1.weight": torch.ones(1), "head.weight": torch.ones(1)}
+    rest = {k: v for k, v in tensors.items() if not k.startswith("visual_encoder.")}
+    del rest["prompt_tokens"]
+    rest["itm_head.weight"] = torch.ones(2, 1)
+    torch.save(rest if bare else {"model": rest, "optimizer": {}}, folder / "blip2.pth")
+    torch.save(tower, folder / "eva.pth")
+    return tensors, f"{folder}/blip2.pth+{folder}/eva.pth+{golden}/sprc/vocab.txt"
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@torch.inference_mode()
+def test_blip_2_is_where_training_starts(golden, tmp_path, bare):
+    tensors, weights = blip2_file(tmp_path, golden, bare)
+    model_id = ModelId("sprc", "base", weights)
+    model, again, other = (Sprc.start(model_id, {}, [], seed) for seed in (1, 1, 2))
+    published = load_qformer(tensors, sizes_of(tensors, ""), "").state_dict()
+    found = model.module.state_dict()
+    assert found.keys() == published.keys()
+    same = {key for key in found if torch.equal(found[key], published[key])}
+    assert found.keys() - same == {"prompt_tokens"}
+    prompts = found["prompt_tokens"]
+    assert 0.018 < prompts.std() < 0.022
+    assert torch.equal(prompts, again.module.prompt_tokens)
+    assert not torch.equal(prompts, other.module.prompt_tokens)
+    pooled = Sprc.start(ModelId("sprc", "pooled", weights), {}, [], 1).module.state_dict()
+    words = "fusion.embeddings.word_embeddings.weight"
+    assert torch.equal(pooled["embeddings.weight"], published[words])
+    tower = {key for key in pooled if key.startswith("vision_model.")}
+    assert all(torch.equal(pooled[key], published[key]) for key in tower)
+
+
+def test_blip_2_as_it_was_pre_trained_is_refused_for_search(golden, tmp_path):
+    _, weights = blip2_file(tmp_path, golden)
+    with pytest.raises(DataError, match=r"no prompt tokens: .* fine-tune it first"):
+        Sprc.load(ModelId("sprc", "base", weights))
+    with pytest.raises(DataError, match=r"no projections of means: .* fine-tune it first"):
+        Sprc.load(ModelId("sprc", "pooled", str(golden / "sprc" / "weights.safetensors")))
+    with pytest.raises(DataError, match="holds no vision tower; add its file"):
+        Sprc.start(ModelId("sprc", "base", weights.partition("+")[0]), {}, [], 0)
+
+
+def test_full_size_keys_of_blip_2(golden):
+    tensors = meta_tensors(Golden(golden / "sprc").json("keys_full_blip2_pretrain.json")["keys"])
+    split = {
+        f"model.{key}": value for key, value in tensors.items() if not key.startswith("visual_")
+    }
+    eva = Golden(golden / "eva_vit").json("keys_full.json")["keys"]
+    found = published_tensors(Checkpoint({**split, **meta_tensors(eva)}))
+    assert sizes_of(found, "real") == EVA_G
+    with torch.device("meta"):
+        expected = shapes(PromptedQFormer(EVA_G).state_dict())
+    del expected["prompt_tokens"]
+    assert shapes(renamed_qformer(found)) == expected
+
+
+def test_means_without_a_q_former():
+    model = Sprc.load(ModelId("sprc", "pooled", "random-tiny"))
+    module = model.module.eval()
+    image = module.image_tokens(torch.randn(2, 3, 56, 56))
+    ids, mask = model.tokens(["a b", ""])
+    a, b = module.embeddings.weight[ids[0, 1:3]]
+    words = torch.stack([(a + b) / 2, torch.zeros_like(a)])
+    assert torch.allclose(module.words(ids, mask), words, atol=1e-6)
+    means = image.mean(1)
+    query = F.normalize(means @ module.image_proj.weight.T + words @ module.text_proj.weight.T)
+    assert torch.allclose(module.fuse(image, ids, mask), query, atol=1e-5)
+    candidate = F.normalize(means @ module.vision_proj.weight.T)
+    assert torch.allclose(module.candidates(image)[:, 0], candidate, atol=1e-5)
+    assert torch.allclose(
+        model.score(query, module.candidates(image)), query @ candidate.T, atol=1e-5
+    )
 
 
 def contrastive(contrast: Contrast) -> torch.Tensor:
