@@ -1,3 +1,6 @@
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -5,11 +8,13 @@ from dafm_ray.config import (
     EvaluateConfig,
     FusionConfig,
     PrecomputeConfig,
+    StudyConfig,
     load_config,
     parse_config,
     to_yaml,
 )
 from dafm_ray.errors import ConfigError
+from dafm_ray.finetune.config import FinetuneConfig
 
 VALUES = {
     "dataset": {"name": "icons", "split": "val"},
@@ -112,6 +117,42 @@ def test_a_number_that_yaml_takes_for_text_is_explained(tmp_path):
     file.write_text("store: s\nout: o\nrecipe: {learning_rate: 2e-3}\n")
     with pytest.raises(ConfigError, match=r"recipe.learning_rate.*write 2\.0e-3"):
         load_config(FusionConfig, file)
+
+
+SHIPPED = {
+    PrecomputeConfig: ("cirr", "fashioniq", "icons", "own_folder"),
+    EvaluateConfig: ("icons_evaluate",),
+    FusionConfig: ("fusion", "paper"),
+    StudyConfig: ("architecture", "fusion_order", "scaling_factor", "static_weights"),
+    FinetuneConfig: (
+        "qformer_fashioniq",
+        "qformer_fashioniq_fp32",
+        "qformer_fashioniq_no_qformer",
+    ),
+}
+
+
+def test_the_configurations_that_ship_are_valid():
+    for kind, names in SHIPPED.items():
+        for name in names:
+            load_config(kind, f"configs/{name}.yaml")
+    named = {name for names in SHIPPED.values() for name in names}
+    assert named == {path.stem for path in Path("configs").glob("*.yaml")}
+
+
+def test_ablations_of_the_q_former_differ_where_they_say():
+    def values(name):
+        config = load_config(FinetuneConfig, f"configs/qformer_fashioniq{name}.yaml")
+        return {field.name: getattr(config, field.name) for field in fields(config)}
+
+    whole = values("")
+    assert len(whole["train"]) == len(whole["validation"]) == 3
+    for name, keys in (
+        ("_fp32", {"out", "precision"}),
+        ("_no_qformer", {"model", "out", "parts", "loss"}),
+    ):
+        ablation = values(name)
+        assert {key for key in whole if whole[key] != ablation[key]} == keys
 
 
 def test_the_fusion_configurations_that_ship_are_valid():
