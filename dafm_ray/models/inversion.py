@@ -6,7 +6,7 @@ Shape letters: R images, B texts, T tokens, D width of the joint space, W width 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ class Towers(Protocol):
         embed_dim: D of the joint space.
     """
 
-    module: nn.Module
+    module: Any
     context_length: int
     embed_dim: int
 
@@ -48,6 +48,10 @@ class Towers(Protocol):
 
     def cuts(self, text: str) -> bool:
         """Whether a text is longer than the context."""
+        ...
+
+    def header(self) -> dict[str, Any]:
+        """What a weights file must say so that the towers can be built again."""
         ...
 
     def encode_images(self, images_B3HW: Tensor) -> Tensor:

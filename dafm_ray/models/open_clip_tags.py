@@ -22,6 +22,9 @@ from dafm_ray.models.initialisation import seeded
 from dafm_ray.models.torchvision_ops import make_torchvision_importable
 
 RANDOM_TAG = "random"
+HEADER = "open_clip"
+"""Key of a weights file's header: what `OpenClipModel.recorded` builds from."""
+
 _NEAR = 0.8
 """Similarity above which a name is taken for a misspelt architecture, not for a folder."""
 
@@ -63,6 +66,7 @@ class OpenClipModel:
 
     Attributes:
         context_length: T of `tokens`.
+        embed_dim: D of the features.
         preprocess_config: what `evaluation_transform` takes, plain values.
     """
 
@@ -70,7 +74,9 @@ class OpenClipModel:
         self.architecture = architecture
         self.quick_gelu = quick_gelu
         self.module: Any = module
-        self.context_length = int(architecture_config(architecture)["text_cfg"]["context_length"])
+        known = architecture_config(architecture)
+        self.context_length = int(known["text_cfg"]["context_length"])
+        self.embed_dim = int(known["embed_dim"])
         visual: Any = module.visual
         self.preprocess_config: dict[str, Any] = dict(visual.preprocess_cfg)
 
@@ -86,7 +92,26 @@ class OpenClipModel:
             DataError: there is no such architecture or tag, the weights cannot be downloaded, or
                 they do not fit.
         """
-        source = _Source.of(weights)
+        return cls._built(_Source.of(weights), weights, seed)
+
+    @classmethod
+    def recorded(cls, header: Mapping[str, Any], where: str) -> Self:
+        """Build what `header` told, with random weights.
+
+        Raises:
+            DataError: the header is damaged, or this open_clip lacks the architecture.
+        """
+        try:
+            source = _Source(
+                header["architecture"], None, header["quick_gelu"], header["preprocess"]
+            )
+        except (KeyError, TypeError):
+            raise DataError(f"the header of {where} does not say how to build its towers") from None
+        architecture_config(source.architecture)
+        return cls._built(source, where, 0)
+
+    @classmethod
+    def _built(cls, source: "_Source", where: str, seed: int) -> Self:
         import open_clip
 
         try:
@@ -103,7 +128,7 @@ class OpenClipModel:
                 ),
             )
         except Exception as error:  # whatever a broken file makes of the loader
-            raise DataError(f"open_clip cannot build {weights}: {error}") from None
+            raise DataError(f"open_clip cannot build {where}: {error}") from None
         return cls(source.architecture, module, source.quick_gelu)
 
     @cached_property
@@ -146,6 +171,23 @@ class OpenClipModel:
         """
         ids: Tensor = self._tokenizer(list(texts))
         return ids.to(torch.int64)
+
+    def cuts(self, text: str) -> bool:
+        """Whether a text is longer than the context: then a word more changes nothing. One that
+        fills it to the last token is taken for longer.
+        """
+        as_it_is, with_more = self.tokens([text, f"{text} more"])
+        return bool(torch.equal(as_it_is, with_more))
+
+    def header(self) -> dict[str, Any]:
+        """What a weights file must say so that `recorded` can build the towers again."""
+        return {
+            HEADER: {
+                "architecture": self.architecture,
+                "quick_gelu": self.quick_gelu,
+                "preprocess": self.preprocess_config,
+            }
+        }
 
     def encode_images(self, images_B3HW: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D), not normalised."""

@@ -31,6 +31,7 @@ from dafm_ray.models.inversion import (
     encode_with_words,
     optimised_words,
 )
+from dafm_ray.models.open_clip_tags import HEADER, OpenClipModel, is_tag
 from dafm_ray.models.preprocess import target_pad, to_tensor
 
 IMAGE_SHARE = 0.5
@@ -108,14 +109,14 @@ class ZeroShot(FrozenModel):
     counts three tenths), the image as a word of the sentence by a network (`searle`) or by an
     optimisation (`oti`), or the text feature before its projection (`hidden`).
 
-    Reads the towers of every file that CLIP4CIR's loader reads. `searle` adds a file with the
-    network, as in `zeroshot:searle@clip.pt+phi.pt`.
+    Reads any model of open_clip, as `ViT-L-14/openai`, and the towers of every file that CLIP4CIR's
+    loader reads. `searle` adds a file with the network, as in `zeroshot:searle@clip.pt+phi.pt`.
     """
 
     variants = ("image", "text", "sum", "searle", "oti", "hidden")
     module: Weights
 
-    def __init__(self, towers: OwnTowers, variant: str, phi: Phi | None = None) -> None:
+    def __init__(self, towers: Towers, variant: str, phi: Phi | None = None) -> None:
         name, _, share = variant.partition("=")
         self.variant = name
         self.share = float(share or IMAGE_SHARE)
@@ -137,16 +138,15 @@ class ZeroShot(FrozenModel):
 
     @classmethod
     def load(cls, model_id: ModelId) -> Self:
-        """Load towers from the files of CLIP4CIR and our own, or random ones; `searle` needs `Phi`
-        beside them.
+        """Load a model of open_clip by its tag, towers from the files of CLIP4CIR and our own, or
+        random ones; `searle` needs `Phi` beside them.
         """
         if model_id.weights in RANDOM:
             sizes = TINY if model_id.weights == "random-tiny" else RN50X4
             own = OwnTowers(seeded(0, lambda: build_towers(sizes)), sizes, None)
             return cls(own, model_id.variant, _new_phi(own, 0) if _inverts(model_id) else None)
-        checkpoint = read_checkpoint(model_id.weights)
-        own = _own(checkpoint)
-        return cls(own, model_id.variant, _phi_of(checkpoint) if _inverts(model_id) else None)
+        towers, beside = _towers_at(model_id.weights)
+        return cls(towers, model_id.variant, _phi_of(beside) if _inverts(model_id) else None)
 
     @classmethod
     def start(
@@ -159,18 +159,20 @@ class ZeroShot(FrozenModel):
         """`scratch` holds `towers` (fields of `TowerSizes`). A network of textual inversion that
         the weights do not hold is new.
         """
+        towers: Towers
         if model_id.weights == "scratch":
             spoken = [join_stripped(texts) for texts in captions]
             vocabulary = vocabulary_of([*spoken, PREFIX, PLACEHOLDER, TEMPLATE])
             sizes = scratch_sizes(TowerSizes, scratch, len(vocabulary))
-            own = OwnTowers(seeded(seed, lambda: build_towers(sizes)), sizes, vocabulary)
-            return cls(own, model_id.variant, _new_phi(own, seed) if _inverts(model_id) else None)
-        checkpoint = read_checkpoint(model_id.weights)
-        own, phi = _own(checkpoint), None
+            towers = OwnTowers(seeded(seed, lambda: build_towers(sizes)), sizes, vocabulary)
+            beside = Checkpoint({})
+        else:
+            towers, beside = _towers_at(model_id.weights)
+        phi = None
         if _inverts(model_id):
-            has = any(key.startswith("Phi.") for key in checkpoint.tensors)
-            phi = _phi_of(checkpoint) if has else _new_phi(own, seed)
-        return cls(own, model_id.variant, phi)
+            has = any(key.startswith("Phi.") for key in beside.tensors)
+            phi = _phi_of(beside) if has else _new_phi(towers, seed)
+        return cls(towers, model_id.variant, phi)
 
     @property
     def uses_reference(self) -> bool:
@@ -304,9 +306,19 @@ def _inverts(model_id: ModelId) -> bool:
     return model_id.variant == "searle"
 
 
-def _own(checkpoint: Checkpoint) -> OwnTowers:
+def _towers_at(weights: str) -> tuple[Towers, Checkpoint]:
+    """The towers, and what the files hold besides."""
+    first, _, rest = weights.partition("+")
+    if is_tag(first):
+        beside = read_checkpoint(rest) if rest else Checkpoint({}, where=first)
+        return OpenClipModel.load(first), beside
+    checkpoint = read_checkpoint(weights)
+    if HEADER in checkpoint.metadata:
+        towers = OpenClipModel.recorded(checkpoint.metadata[HEADER], checkpoint.where)
+        load_strictly(towers.module, checkpoint.section("CLIP"), checkpoint.where)
+        return towers, checkpoint
     module, sizes = towers_of(checkpoint)
-    return OwnTowers(module, sizes, checkpoint.metadata.get("vocabulary"))
+    return OwnTowers(module, sizes, checkpoint.metadata.get("vocabulary")), checkpoint
 
 
 def _new_phi(towers: Towers, seed: int) -> Phi:

@@ -1,14 +1,18 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
 from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.finetune.trainer import save_weights
 from dafm_ray.models.base import ModelId, unit
 from dafm_ray.models.clip_towers import TINY, build_towers, token_ids
 from dafm_ray.models.initialisation import seeded
 from dafm_ray.models.inversion import PREFIX, Phi, encode_with_words, optimised_words
 from dafm_ray.models.registry import load_model, resolve
 from dafm_ray.models.zeroshot import OwnTowers, ZeroShot
+from tests.models.tiny_clip import register
 from tests.samples import picture
 
 
@@ -98,8 +102,6 @@ def test_the_hidden_text_skips_the_projection():
 
 
 def test_the_hidden_text_must_be_as_wide_as_the_space():
-    from dataclasses import replace
-
     sizes = replace(TINY, embed_dim=16)
     towers = OwnTowers(seeded(0, lambda: build_towers(sizes)), sizes, None)
     with pytest.raises(ConfigError, match=r"text width \(32\) must be the embedding width \(16\)"):
@@ -128,3 +130,40 @@ def test_long_sentences_are_told(searle):
     assert not text.cuts(fitting)
     assert text.cuts(f"{fitting} red")
     assert searle.cuts(fitting)
+
+
+KINDS = ["Tiny-ViT", "Tiny-ResNet", "Tiny-custom-text", "Tiny-timm", "Tiny-coca"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "Tiny-BERT"])
+def test_every_kind_of_open_clip_model_is_searched_without_training(monkeypatch, tmp_path, kind):
+    register(monkeypatch, tmp_path)
+    for variant in ("image", "text", "sum=0.3", "searle", "oti"):
+        parsed = ModelId.parse(f"zeroshot:{variant}@{kind}/random")
+        model = ZeroShot.start(parsed, {}, [], 0)
+        model.module.requires_grad_(False).eval()
+        caption = model.caption(["red", "a dress"])
+        with torch.inference_mode():
+            gallery = model.encode_gallery(images(model, 1, 2, 3))
+            queries = model.encode_queries(images(model, 4), torch.tensor([0, 0]), [caption] * 2)
+        assert gallery.shape == (3, 8)
+        assert queries.shape == (2, 8)
+        assert torch.allclose(queries.norm(dim=1), torch.ones(2))
+        assert not model.cuts("a red dress") or variant in ("searle", "oti")
+        assert model.cuts("red " * 90)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_open_clip_model_is_built_again_from_its_file(monkeypatch, tmp_path, kind):
+    register(monkeypatch, tmp_path)
+    model = ZeroShot.start(ModelId.parse(f"zeroshot:searle@{kind}/random"), {}, [], 3)
+    with torch.no_grad():
+        next(model.module.CLIP.parameters()).mul_(1.5)
+    save_weights(model, tmp_path / "weights.safetensors")
+    model.module.eval()
+    again = load_model(f"zeroshot:searle@{tmp_path / 'weights.safetensors'}")
+    references, index = images(model, 4), torch.tensor([0])
+    assert torch.equal(references, images(again, 4))
+    with torch.inference_mode():
+        found = [one.encode_queries(references, index, ["red"]) for one in (model, again)]
+    assert torch.equal(*found)

@@ -27,7 +27,12 @@ ARCHITECTURES = {
         "text_cfg": TEXT,
     },
     "Tiny-coca": {
-        "vision_cfg": {**VIT, "attentional_pool": True, "attn_pooler_heads": 2},
+        "vision_cfg": {
+            **VIT,
+            "attentional_pool": True,
+            "attn_pooler_heads": 2,
+            "output_tokens": True,
+        },
         "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
         "multimodal_cfg": {**TEXT, "attn_pooler_heads": 2},
         "custom_text": True,
