@@ -1,6 +1,7 @@
 """Local files that appear whole or not at all."""
 
 import csv
+import os
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ def replacing(file: Path) -> Iterator[Path]:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
             temporary.replace(file)
         finally:
             temporary.unlink(missing_ok=True)
@@ -32,3 +35,13 @@ def write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) 
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole, in UTF-8.
+
+    Raises:
+        MachineError: it cannot be written.
+    """
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")

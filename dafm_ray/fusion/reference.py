@@ -6,6 +6,7 @@ import numpy as np
 
 from dafm_ray.errors import DataError
 from dafm_ray.evaluation.metrics import Floats, Ints, Scores
+from dafm_ray.search.index import pooled
 from dafm_ray.tiles.blocks import Array
 from dafm_ray.tiles.store import TileStore, feature_key
 
@@ -49,7 +50,7 @@ class References:
         references_BD = self._rows(model, at_B)
         return self.to(model, references_BD)
 
-    def to(self, model: str, references_BD: Floats) -> Scores:
+    def to(self, model: str, references_BD: Array) -> Scores:
         """(B, N) cosines of pooled features with every candidate of the gallery."""
         parts = [references_BD @ pooled(block).T for block in self._blocks(model)]
         cosines_BN: Scores = np.concatenate(parts, axis=1).astype(np.float32)
@@ -70,11 +71,3 @@ class References:
                 found = np.full((len(at_B), rows.shape[1]), np.nan, rows.dtype)
             found[asked] = rows
         return np.full((len(at_B), 1), np.nan) if found is None else found
-
-
-def pooled(features: Array) -> Floats:
-    """(B, ..., D) -> (B, D) of length 1, the mean over the axes between."""
-    flat = features.astype(np.float32).reshape(len(features), -1, features.shape[-1]).mean(axis=1)
-    lengths = np.linalg.norm(flat, axis=1, keepdims=True)
-    unit: Floats = np.divide(flat, lengths, out=np.zeros_like(flat), where=lengths > 0)
-    return unit

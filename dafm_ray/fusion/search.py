@@ -11,9 +11,10 @@ from dafm_ray.evaluation.metrics import Scores
 from dafm_ray.fusion.base import Fusion
 from dafm_ray.fusion.learned import Learned
 from dafm_ray.fusion.rank import top_candidates
-from dafm_ray.fusion.reference import References, pooled
+from dafm_ray.fusion.reference import References
 from dafm_ray.models.checkpoints import weights_digest
 from dafm_ray.models.registry import load_model, resolve
+from dafm_ray.search.index import pooled
 from dafm_ray.tiles.forward import Forward, precision_of
 from dafm_ray.tiles.similarity import padded, score_block
 from dafm_ray.tiles.store import TileStore

@@ -1,0 +1,1 @@
+"""Searching a gallery by its vectors, without tiles: an index, and rankings from it."""

@@ -1,0 +1,127 @@
+"""The index of a data set's gallery under one model, made once and kept."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dafm_ray.datasets.base import Dataset, ImageSource, digest
+from dafm_ray.datasets.images import Files, ImageError
+from dafm_ray.datasets.shards import ShardedImages
+from dafm_ray.models.base import FrozenModel
+from dafm_ray.models.checkpoints import weights_digest
+from dafm_ray.models.registry import resolve
+from dafm_ray.search.encode import gallery_blocks
+from dafm_ray.search.index import FlatIndex, Index, is_saved
+from dafm_ray.search.sharded import ShardedIndex
+
+BATCH = 64
+
+
+def identity_of(model_id: str) -> str:
+    """What a model's features come from, wherever its files lie: `family:variant@` and the digest
+    of its weights.
+
+    Raises:
+        ConfigError, DataError: see `resolve` and `weights_digest`.
+    """
+    parsed = resolve(model_id)[1]
+    return f"{parsed.family}:{parsed.variant}@{weights_digest(parsed.weights)}"
+
+
+def index_digest(identity: str, dataset: Dataset) -> str:
+    """Digest of what an index is made from. Images are known by their names and by where they lie;
+    one that is replaced under its name is not noticed.
+
+    Args:
+        identity: of the model, see `identity_of`.
+        dataset: whose gallery.
+    """
+    gallery = dataset.gallery
+    place = _place(dataset.source)
+    return digest([identity, dataset.name, place, gallery.digest, digest(gallery.locators)])
+
+
+def _place(source: ImageSource) -> str:
+    if isinstance(source, Files):
+        return str(Path(source.root).resolve())
+    if isinstance(source, ShardedImages):
+        return digest(source.shards)
+    return type(source).__qualname__
+
+
+def gallery_index(
+    model: FrozenModel,
+    identity: str,
+    dataset: Dataset,
+    cache: Path | None,
+    device: str = "cpu",
+    batch: int = BATCH,
+) -> tuple[FlatIndex, bool]:
+    """The index of a gallery: the kept one if nothing that it is made from has changed.
+
+    Args:
+        model: frozen, on `device`.
+        identity: of the model, see `identity_of`.
+        dataset: whose gallery.
+        cache: folder of indexes, each in a folder named by its digest; None keeps none.
+        device: torch device.
+        batch: images of one forward pass.
+
+    Returns:
+        The index, and whether it was built now. One with images that could not be used is built
+        again when one of them can be opened.
+
+    Raises:
+        ConfigError: the model's scores are no inner products.
+        DataError: the kept index is damaged or is another one, or no image can be used.
+        MachineError: the folder cannot be written.
+    """
+    made_from = index_digest(identity, dataset)
+    folder = cache / made_from[:16] if cache else None
+    if folder and is_saved(folder):
+        kept = FlatIndex.load(folder, made_from)
+        if not any(_opens(dataset, id) for id, _ in kept.unusable):
+            return kept, False
+    index = FlatIndex(gallery_blocks(model, dataset, device, batch))
+    if folder:
+        index.save(folder, made_from)
+    return index, True
+
+
+def _opens(dataset: Dataset, id: str) -> bool:
+    gallery = dataset.gallery
+    try:
+        dataset.source.open(gallery.locators[gallery.position(id)])
+    except ImageError:
+        return False
+    return True
+
+
+@contextmanager
+def open_index(
+    model: FrozenModel,
+    identity: str,
+    dataset: Dataset,
+    cache: Path | None,
+    device: str,
+    batch: int,
+    shards: int,
+) -> Iterator[tuple[Index, bool]]:
+    """The index of a gallery in this process, or in actors, which end with it; and whether it was
+    built now.
+
+    Args:
+        model: frozen, on `device`.
+        identity: of the model, see `identity_of`.
+        dataset: whose gallery.
+        cache: of indexes; shards are not kept.
+        device: torch device.
+        batch: images of one forward pass.
+        shards: actors; 0 for none.
+    """
+    if shards:
+        blocks = gallery_blocks(model, dataset, device, batch)
+        with ShardedIndex(blocks, len(dataset.gallery), shards) as sharded:
+            yield sharded, True
+    else:
+        yield gallery_index(model, identity, dataset, cache, device, batch)
