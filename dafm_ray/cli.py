@@ -15,18 +15,21 @@ from dafm_ray.config import (
     EvaluateConfig,
     FusionConfig,
     PrecomputeConfig,
+    RetrieveConfig,
     StudyConfig,
     load_config,
 )
 from dafm_ray.errors import DONE, ConfigError, DataError, refusals, unknown
 from dafm_ray.evaluation.submission_format import LENGTHS
-from dafm_ray.finetune.config import FinetuneConfig
+from dafm_ray.finetune.config import FinetuneConfig, MineConfig
 from dafm_ray.job import (
     add_config_arguments,
     evaluate_job,
     finetune_job,
     guarded,
+    negatives_job,
     precompute_job,
+    retrieve_job,
     say,
     train_fusion_job,
     tune_fusion_job,
@@ -63,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, command, text in (
         ("precompute", _precompute, "features and similarity tiles; resumes by itself"),
+        ("retrieve", _retrieve, "rank every query with one sub-model and an index, no tiles"),
         ("finetune", _finetune, "train a sub-model on triplets"),
+        ("negatives", _negatives, "the hard negatives that a fine-tune would learn from"),
     ):
         add_config_arguments(_add(commands, name, command, text))
 
@@ -301,6 +306,14 @@ def _precompute(arguments: argparse.Namespace) -> int:
 
 def _finetune(arguments: argparse.Namespace) -> int:
     return finetune_job(load_config(FinetuneConfig, arguments.config, arguments.set))
+
+
+def _retrieve(arguments: argparse.Namespace) -> int:
+    return retrieve_job(load_config(RetrieveConfig, arguments.config, arguments.set))
+
+
+def _negatives(arguments: argparse.Namespace) -> int:
+    return negatives_job(load_config(MineConfig, arguments.config, arguments.set))
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _UNKNOWN_KEY = "unexpected_keyword_argument"
 Config = TypeVar("Config")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Device = Literal["auto", "cpu", "cuda"]
 Order = Literal["rank", "file", "hash"]
 TemperatureMode = Literal["paper", "paper_clamped", "centred", "fixed"]
 
@@ -219,6 +220,38 @@ def _several(given: str | tuple[str, ...]) -> tuple[str, ...]:
     if isinstance(given, str):
         return (given,) if given else ()
     return given
+
+
+@dataclass(frozen=True)
+class RetrieveConfig:
+    """Rankings of one sub-model from an exact index of the gallery, without tiles.
+
+    Attributes:
+        dataset: what is searched.
+        model: `family:variant@weights`.
+        index: folder of kept indexes; one of the same weights and gallery is used again.
+        out: folder of the results.
+        top: candidates a query.
+        device: `auto` takes a GPU where there is one.
+        batch: images or queries of one forward pass.
+        shards: Ray actors that hold the index, for galleries that one process cannot; they are not
+            kept. 0 searches in the process itself.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID
+
+    dataset: DatasetConfig
+    model: str
+    index: str
+    out: str
+    top: int = 50
+    device: Device = "auto"
+    batch: int = 64
+    shards: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.top, self.batch) < 1 or self.shards < 0:
+            raise ConfigError("top and batch must be at least 1, shards at least 0")
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from dafm_ray.config import (
     EvaluateConfig,
     FusionConfig,
     PrecomputeConfig,
+    RetrieveConfig,
     StudyConfig,
     load_config,
 )
 from dafm_ray.errors import DONE, DONE_WITH_FAILURES, DafmError
-from dafm_ray.finetune.config import FinetuneConfig
+from dafm_ray.finetune.config import FinetuneConfig, MineConfig
 
 if TYPE_CHECKING:
     from dafm_ray.report.evaluate import Evaluation
@@ -74,6 +75,27 @@ def precompute_job(config: PrecomputeConfig) -> int:
     return _exit_code(len(outcome.failures), f"{store.uri}/{QUARANTINE}")
 
 
+def retrieve_job(config: RetrieveConfig) -> int:
+    """Rank every query of a data set with one sub-model and an exact index of the gallery."""
+    from dafm_ray.search.encode import QUARANTINE
+    from dafm_ray.search.retrieve import RANKINGS, retrieve
+
+    found = retrieve(config)
+    counted, measured = found.metrics, found.latency
+    if counted["queries"]:
+        percents = "  ".join(f"{name} {value:.1f}" for name, value in counted["metrics"].items())
+        print(f"protocol {counted['protocol']}, {counted['queries']} queries: {percents}")
+    print(f"index of {measured['gallery']} images, {measured['index']}")
+    for part in ("encode", "search"):
+        spent = "  ".join(f"{name} {ms:.2f} ms" for name, ms in measured[f"{part}_ms"].items())
+        print(
+            f"{part}, one query at a time: {spent} "
+            f"({measured['queries']} queries, {measured['device']}, {measured['threads']} threads)"
+        )
+    print(f"rankings: {found.out / RANKINGS}")
+    return _exit_code(found.failures, str(found.out / QUARANTINE))
+
+
 def evaluate_job(config: EvaluateConfig) -> int:
     """Evaluate the sub-models and fusions of a store; write metrics, tables and a report."""
     from dafm_ray.report.evaluate import evaluate
@@ -127,6 +149,22 @@ def finetune_job(config: FinetuneConfig) -> int:
             f"{cut} texts are longer than the model reads and were cut; they are listed in {listed}"
         )
     return _exit_code(trained.left_out, str(listed))
+
+
+def negatives_job(config: MineConfig) -> int:
+    """Mine the hard negatives of every query, and count what each rule takes out."""
+    from dafm_ray.finetune.mining import NEGATIVES, mine_negatives
+    from dafm_ray.search.encode import QUARANTINE
+
+    found = mine_negatives(config)
+    counts = found.counts
+    print(f"index of {counts['gallery']} images, {counts['index']}")
+    print(f"{counts['negatives']} negatives of {counts['queries']} queries")
+    for rule, removed in counts["removed"].items():
+        print(f"{removed:10}  taken out: {rule}")
+    print(f"{len(counts['without']):10}  queries left without any")
+    print(f"negatives: {found.out / NEGATIVES}")
+    return _exit_code(found.failures, str(found.out / QUARANTINE))
 
 
 def _shown(evaluation: "Evaluation") -> int:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
-from dafm_ray.config import FORBID, LARGEST_SEED, DatasetConfig
+from dafm_ray.config import FORBID, LARGEST_SEED, DatasetConfig, Device
 from dafm_ray.errors import ConfigError
 
 DataSets = DatasetConfig | tuple[DatasetConfig, ...]
@@ -59,6 +59,35 @@ class MiningConfig:
             value = getattr(self, key)
             if value is not None and not math.isfinite(value):
                 raise ConfigError(f"negatives.{key} must be a number or null")
+
+
+@dataclass(frozen=True)
+class MineConfig:
+    """A mining of hard negatives that is looked at before it is trained with.
+
+    Attributes:
+        dataset: whose queries.
+        model: `family:variant@weights`.
+        index: folder of kept indexes; one of the same weights and gallery is used again.
+        out: folder of the results.
+        negatives: what is mined: the whole window, whatever `count`, `sampling` and `every` say.
+        device: `auto` takes a GPU where there is one.
+        batch: images or queries of one forward pass.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = FORBID
+
+    dataset: DatasetConfig
+    model: str
+    index: str
+    out: str
+    negatives: MiningConfig = MiningConfig()
+    device: Device = "auto"
+    batch: int = 64
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ConfigError("batch must be at least 1")
 
 
 @dataclass(frozen=True)

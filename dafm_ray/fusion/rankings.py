@@ -1,28 +1,17 @@
 """Rankings of all queries under one system, as a Parquet file that other tools read."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dafm_ray.errors import ConfigError
-from dafm_ray.evaluation.metrics import Scores
 from dafm_ray.files import replacing
 from dafm_ray.fusion.base import Fusion
 from dafm_ray.fusion.rank import masked_scores, top_candidates
 from dafm_ray.progress import progress
+from dafm_ray.search.rankings import SCHEMA, ranking_rows
 from dafm_ray.tiles.store import TileStore
-
-SCHEMA = pa.schema(
-    [
-        pa.field("query", pa.string(), nullable=False),
-        pa.field("rank", pa.int32(), nullable=False),
-        pa.field("candidate", pa.string(), nullable=False),
-        pa.field("score", pa.float32(), nullable=False),
-    ]
-)
 
 
 def write_rankings(store: TileStore, system: Fusion, top: int, file: Path) -> None:
@@ -54,22 +43,7 @@ def write_rankings(store: TileStore, system: Fusion, top: int, file: Path) -> No
         for chunk in masked_scores(store):
             queries = [query.id for query in store.queries[chunk.rows.start : chunk.rows.stop]]
             fused_BN = system(chunk.scores_MBN, np.array(chunk.rows))
-            writer.write_batch(_rows(queries, store.gallery_ids, fused_BN, top))
+            first_BK = top_candidates(fused_BN, top)
+            scores_BK = np.take_along_axis(fused_BN, first_BK, axis=1)
+            writer.write_batch(ranking_rows(queries, store.gallery_ids, first_BK, scores_BK))
             shown.advance(len(chunk.rows))
-
-
-def _rows(
-    queries: Sequence[str], candidates: Sequence[str], fused_BN: Scores, top: int
-) -> pa.RecordBatch:
-    first_BK = top_candidates(fused_BN, top)
-    rows, places = np.nonzero(first_BK >= 0)
-    columns = first_BK[rows, places]
-    return pa.record_batch(
-        [
-            pa.array(queries).take(pa.array(rows)),
-            pa.array(places + 1, pa.int32()),
-            pa.array(candidates).take(pa.array(columns)),
-            pa.array(fused_BN[rows, columns].astype(np.float32)),
-        ],
-        schema=SCHEMA,
-    )
