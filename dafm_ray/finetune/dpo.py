@@ -109,7 +109,7 @@ class Preference(Objective[QueryRows]):
         self._mining = config.preference.negatives
         self._rank = rank
         self._places = self._open(datasets)
-        vectors = [place.index.vectors_ND for place in self._places]
+        vectors = [place.index.vectors for place in self._places]
         self._candidates_ND = torch.from_numpy(np.concatenate(vectors)).to(self.device)
         queries = [query for place in self._places for query in place.queries]
         self._captions_Q = [model.caption(query.captions) for query in queries]
@@ -223,7 +223,7 @@ class Preference(Objective[QueryRows]):
             here_b = np.flatnonzero((queries_B >= start) & (queries_B < start + len(place.queries)))
             known = place.known.select(queries_B[here_b] - start)
             inside_M = (rows_M >= place.first) & (rows_M < place.first + len(place.index))
-            never_bT = place.rows(known.never_QT)
+            never_bT = place.rows(known.never)
             among_bM = np.stack([np.isin(rows_M, row) for row in never_bT]) if len(here_b) else None
             if among_bM is not None:
                 never_BM[here_b] = ~inside_M | among_bM

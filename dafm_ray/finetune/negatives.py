@@ -212,14 +212,14 @@ def _cosines(columns_BK: Ints, others_BT: Ints, index: Index) -> Floats:
     return np.where(others_BT[:, None, :] >= 0, cosines_BKT, -np.inf)
 
 
-def draw(mined: Mined, mining: MiningConfig, seed: int, epoch: int, queries_B: Ints) -> Ints:
+def draw(columns_QW: Ints, mining: MiningConfig, seed: int, epoch: int, queries_B: Ints) -> Ints:
     """The negatives of some queries in one epoch.
 
     A query's draw depends on the seed, the epoch and its position alone: batches and workers change
     nothing.
 
     Args:
-        mined: from `mine`.
+        columns_QW: of `Mined`.
         mining: `count` and `sampling`.
         seed: of the training.
         epoch: from 0.
@@ -228,11 +228,11 @@ def draw(mined: Mined, mining: MiningConfig, seed: int, epoch: int, queries_B: I
     Returns:
         (B, count) columns, all different in a row; -1 for what a query has too few of.
     """
-    drawn_BC = mined.columns_QW[queries_B, : mining.count].copy()
+    drawn_BC = columns_QW[queries_B, : mining.count].copy()
     if mining.sampling == "first":
         return drawn_BC
     for drawn_C, q in zip(drawn_BC, queries_B, strict=True):
-        allowed = mined.columns_QW[q][mined.columns_QW[q] >= 0]
+        allowed = columns_QW[q][columns_QW[q] >= 0]
         order = np.random.default_rng((seed, epoch, int(q))).permutation(len(allowed))
         drawn_C[: len(allowed)] = allowed[order[: mining.count]]
     return drawn_BC

@@ -167,9 +167,9 @@ def drawable():
 @given(st.integers(0, 5), st.integers(0, 3), st.permutations(range(30)), st.integers(1, 30))
 def test_a_draw_depends_on_seed_epoch_and_query_alone(seed, epoch, order, split):
     mined, mining = drawable(), MiningConfig(ranks=(1, 8), count=3)
-    whole = draw(mined, mining, seed, epoch, np.arange(30))
+    whole = draw(mined.columns_QW, mining, seed, epoch, np.arange(30))
     parts = [np.array(order[:split]), np.array(order[split:], np.int64)]
-    drawn = np.concatenate([draw(mined, mining, seed, epoch, part) for part in parts])
+    drawn = np.concatenate([draw(mined.columns_QW, mining, seed, epoch, part) for part in parts])
     np.testing.assert_array_equal(drawn, whole[np.array(order)])
     for q, row in enumerate(whole):
         found = row[row >= 0]
@@ -179,11 +179,17 @@ def test_a_draw_depends_on_seed_epoch_and_query_alone(seed, epoch, order, split)
 
 def test_epochs_and_seeds_draw_anew_and_all_of_the_window():
     mined, mining = drawable(), MiningConfig(ranks=(1, 8), count=3)
-    draws = {draw(mined, mining, s, e, np.arange(30)).tobytes() for s in (0, 1) for e in range(3)}
+    draws = {
+        draw(mined.columns_QW, mining, s, e, np.arange(30)).tobytes()
+        for s in (0, 1)
+        for e in range(3)
+    }
     assert len(draws) == 6
-    eight = np.concatenate([draw(mined, mining, 0, e, np.array([8]))[0] for e in range(60)])
+    eight = np.concatenate(
+        [draw(mined.columns_QW, mining, 0, e, np.array([8]))[0] for e in range(60)]
+    )
     assert set(eight.tolist()) == set(range(80, 88))
-    first = draw(mined, replace(mining, sampling="first"), 0, 5, np.array([2, 8]))
+    first = draw(mined.columns_QW, replace(mining, sampling="first"), 0, 5, np.array([2, 8]))
     assert first.tolist() == [[20, 21, -1], [80, 81, 82]]
 
 
