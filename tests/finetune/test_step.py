@@ -11,9 +11,9 @@ from torch import nn
 
 from dafm_ray.config import DatasetConfig
 from dafm_ray.errors import DataError
-from dafm_ray.finetune.config import FinetuneConfig
+from dafm_ray.finetune.config import FinetuneConfig, MiningConfig, PreferenceConfig
 from dafm_ray.finetune.step import step
-from dafm_ray.finetune.trainer import build, objective_of
+from dafm_ray.finetune.trainer import build, objective_of, save_weights
 from tests.samples import image_folder
 
 VIT = {
@@ -49,8 +49,9 @@ def one_step(config, chunk=0, rank=0, clip=0.0, precision="fp32", wrap=lambda mo
     torch.manual_seed(0)
     model = build(replace(config, precision=precision))
     objective = objective_of(replace(config, precision=precision), model, rank)
+    objective.begin(0)
     model.module.train()
-    learning = dict(model.module.named_parameters())
+    learning = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in learning.items()}
     optimiser = torch.optim.SGD(learning.values(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
@@ -120,27 +121,42 @@ def test_a_loss_that_is_no_number_stops(config):
         step(objective, objective, batch, optimiser, torch.amp.GradScaler("cpu", enabled=False))
 
 
-def _worker(rank, config, port, out):
+def _worker(rank, configs, port, out):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=config.workers
-    )
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     ddp = nn.parallel.DistributedDataParallel
-    for chunk in (0, 3):
-        found = one_step(config, chunk, rank, wrap=lambda m: ddp(m, find_unused_parameters=True))
-        torch.save(found, f"{out}/{chunk}-{rank}.pt")
+    for n, config in enumerate(configs):
+        for chunk in (0, 3):
+            shared = replace(config, workers=2)
+            found = one_step(
+                shared, chunk, rank, wrap=lambda m: ddp(m, find_unused_parameters=True)
+            )
+            torch.save(found, f"{out}/{n}-{chunk}-{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.timeout(120)
 def test_two_workers_take_the_step_of_one(config, tmp_path):
     config = replace(config, shift=0)
-    alone = one_step(config)
+    save_weights(build(config), tmp_path / "clip.safetensors")
+    trained = replace(
+        config,
+        model=f"zeroshot:sum@{tmp_path / 'clip.safetensors'}",
+        scratch={},
+        parts=("CLIP.transformer",),
+    )
+    window = MiningConfig(ranks=(1, 8))
+    configs = [
+        config,
+        replace(trained, preference=PreferenceConfig("corrected", negatives=window)),
+        replace(trained, preference=PreferenceConfig("listwise")),
+    ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (replace(config, workers=2), port, str(tmp_path))
-    torch.multiprocessing.spawn(_worker, arguments, nprocs=2)
-    for chunk in (0, 3):
-        for rank in (0, 1):
-            assert_alike(alone, torch.load(tmp_path / f"{chunk}-{rank}.pt"))
+    torch.multiprocessing.spawn(_worker, (configs, port, str(tmp_path)), nprocs=2)
+    for n, config in enumerate(configs):
+        alone = one_step(config)
+        for chunk in (0, 3):
+            for rank in (0, 1):
+                assert_alike(alone, torch.load(tmp_path / f"{n}-{chunk}-{rank}.pt"))
