@@ -195,6 +195,13 @@ class Inputs:
             parts.append(given.similarities_BNR)
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
+    def places(self, index: int) -> list[int]:
+        """The channels of a model of the store that are zero for a query it did not score."""
+        name = self.store.models[index]
+        channels = [*self.channels.models, *self.channels.extras]
+        own = (name, HUB + name, PROFILE + name)
+        return [place for place, channel in enumerate(channels) if channel in own]
+
     def _in_order(self, values_MBN: Scores) -> Tensor:
         """(B, N, M) in the order of the network's models, from that of the store's."""
         in_order_BNM = torch.from_numpy(values_MBN).permute(1, 2, 0)

@@ -15,6 +15,7 @@ from dafm_ray.evaluation.metrics import (
 )
 from dafm_ray.evaluation.protocols import Protocol
 from dafm_ray.evaluation.summary import SystemRanks
+from dafm_ray.fusion.ablation import fused
 from dafm_ray.fusion.base import Fusion
 from dafm_ray.fusion.kept import Kept
 from dafm_ray.fusion.static import Single
@@ -110,8 +111,7 @@ def rank_systems(
         queries = store.queries[chunk.rows.start : chunk.rows.stop]
         targets_QT = columns_of([query.targets for query in queries], store.positions)
         groups_QG = columns_of([query.group for query in queries], store.positions)
-        for s, system in enumerate(systems):
-            fused_BN = system(chunk.scores_MBN, np.array(chunk.rows))
+        for s, fused_BN in enumerate(fused(systems, chunk.scores_MBN, np.array(chunk.rows))):
             ranks[s].append(rank_targets(fused_BN, targets_QT))
             if grouped:
                 subsets[s].append(subset_ranks(fused_BN, targets_QT, groups_QG))
