@@ -5,7 +5,8 @@ so a batch is worked off in pieces that fit a CPU's cache, and gradients add up 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,6 @@ class Member:
         held_out: the fold it never sees; `NOBODY` learns from all queries.
         seed: of its expansion.
         temperature: its own tau.
-        optimiser: over its weights.
     """
 
     network: LightFusion
@@ -48,10 +48,11 @@ class Member:
     seed: int
     recipe: Recipe
     temperature: Temperature
-    optimiser: torch.optim.Optimizer = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.optimiser = torch.optim.AdamW(
+    @cached_property
+    def optimiser(self) -> torch.optim.Optimizer:
+        """Over the weights; made when asked for, as torch imports a compiler with it."""
+        return torch.optim.AdamW(
             self.network.parameters(),
             lr=self.recipe.learning_rate,
             weight_decay=self.recipe.weight_decay,
@@ -72,8 +73,12 @@ class Member:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state`."""
-        self.network.load_state_dict(state["network"])
+        self.finish(state)
         self.optimiser.load_state_dict(state["optimiser"])
+
+    def finish(self, state: Mapping[str, Any]) -> None:
+        """What a fit has found, for a network that learns no more."""
+        self.network.load_state_dict(state["network"])
         self.temperature.restore(state["temperature"])
 
 

@@ -98,7 +98,7 @@ def train_fusion(config: FusionConfig) -> Path:
         states = torch.load(Path(folder) / "state.pt", weights_only=True)["members"]
     members = build(config, plan)
     for member, state in zip(members, states, strict=True):
-        member.restore(state)
+        member.finish(state)
     artefact_of(config, stores, plan, members).save(out, traces_of(members))
     return out
 
