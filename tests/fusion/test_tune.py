@@ -143,7 +143,7 @@ def test_settings_that_are_behind_are_given_up_and_not_tried_again(tmp_path, sto
 def test_a_killed_study_goes_on_and_ends_as_an_unbroken_one(tmp_path, store):
     rates = tuple(0.001 * n for n in range(1, 9))
     spaces = ({"recipe.learning_rate": rates},)
-    study = study_of(tmp_path / "killed", store, spaces=spaces, cpus=1.0)
+    study = study_of(tmp_path / "killed", store, spaces=spaces, cpus=2.0)
     storage = open_storage(str(tmp_path / "bare"))
     unbroken = [run_trial(study, setting, storage) for setting in settings_of(study, MODELS, "a")]
     file = tmp_path / "study.yaml"

@@ -1,5 +1,6 @@
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from dafm_ray.models.registry import load_model
 from dafm_ray.progress import progress
 from dafm_ray.tiles.encode import actor_cpus
 from dafm_ray.tiles.precompute import precompute, precompute_together
-from dafm_ray.tiles.store import TileStore
+from dafm_ray.tiles.store import ROLES, TileStore
 from tests.samples import image_folder, open_folder
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(150)]
@@ -47,6 +48,29 @@ def config(tmp_path):
 def first(tmp_path_factory, local_ray):
     """A finished run, which no test changes."""
     config = config_of(tmp_path_factory.mktemp("first"))
+    return config, precompute(config)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, first):
+    """The same images with other tiles, and in another order, filled together by two actors a
+    model; no test changes them.
+    """
+    folder = tmp_path_factory.mktemp("together")
+    models = tuple(replace(model, actors=2) for model in MODELS)
+    config = replace(first[0], models=models, tile_queries=13, tile_candidates=22)
+    configs = [replace(config, store=str(folder / name)) for name in ("other", "third")]
+    dataset = open_folder(config.dataset.root)
+    datasets = [dataset, reordered(dataset)]
+    return configs, datasets, precompute_together(configs, datasets)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory, local_ray):
+    """A finished run with two unusable images, which no test changes."""
+    config = config_of(tmp_path_factory.mktemp("broken"))
+    (Path(config.dataset.root) / "000.png").write_bytes(b"")
+    (Path(config.dataset.root) / "015.png").write_bytes(b"<html>404</html>")
     return config, precompute(config)
 
 
@@ -100,26 +124,28 @@ def test_a_second_run_computes_nothing_and_a_lost_tile_alone_is_made_again(first
     assert np.array_equal(whole(mended.store, "sum"), before)
 
 
-def test_bits_do_not_depend_on_actors_or_tiles_and_hits_not_on_the_source(first, tmp_path):
-    config, one = first[0], first[1].store
-    two_actors = tuple(replace(model, actors=2) for model in MODELS)
-    other = replace(
-        config,
-        models=two_actors,
-        store=str(tmp_path / "other"),
-        tile_queries=13,
-        tile_candidates=22,
-    )
-    two = precompute(other).store
+def test_bits_do_not_depend_on_actors_or_tiles_and_hits_not_on_the_source(first, together):
+    one = first[1].store
+    two, third = (outcome.store for outcome in together[2])
     for name in one.models:
         assert np.array_equal(whole(one, name), whole(two, name))
-    dataset = open_folder(config.dataset.root)
-    shuffled = reordered(dataset)
-    assert shuffled.gallery.source_order != dataset.gallery.source_order
-    alone = replace(config, models=MODELS[:1], store=str(tmp_path / "third"))
-    third = precompute(alone, shuffled).store
-    assert hits(one) == hits(two)
-    assert hits(one.of(["sum"])) == hits(third)
+    own, shuffled = together[1]
+    assert shuffled.gallery.source_order != own.gallery.source_order
+    assert hits(one) == hits(two) == hits(third)
+
+
+def test_stores_filled_together_equal_those_filled_alone(first, together):
+    configs, datasets, outcomes = together
+    alone, filled = first[1].store, outcomes[0].store
+    assert [outcome.blocks for outcome in outcomes] == [2 * (3 + 2) + 2] * 2
+    for name in alone.models:
+        for role in ROLES:
+            for key in alone.feature_keys(name, role):
+                assert np.array_equal(filled.read(key), alone.read(key))
+    assert sum(outcome.blocks for outcome in precompute_together(configs, datasets)) == 0
+    other = replace(configs[1], models=(ModelConfig("b", "clip4cir:sum@random-tiny"),))
+    with pytest.raises(ConfigError, match="need the same models"):
+        precompute_together([configs[0], other], datasets)
 
 
 def reordered(dataset: Dataset) -> Dataset:
@@ -128,16 +154,13 @@ def reordered(dataset: Dataset) -> Dataset:
     return replace(dataset, gallery=Gallery.from_source({id: id for id in ids}), queries=queries)
 
 
-def test_unusable_images_are_listed_and_the_rest_goes_on(config, tmp_path):
-    root = tmp_path / "images"
-    (root / "000.png").write_bytes(b"")
-    (root / "015.png").write_bytes(b"<html>404</html>")
-    outcome = precompute(config)
+def test_unusable_images_are_listed_and_the_rest_goes_on(broken):
+    config, outcome = broken
     listed = {(failure.role, failure.id): failure.reason for failure in outcome.failures}
     assert listed[("gallery", "000.png")] == "the file is empty"
     assert "not an image" in listed[("gallery", "015.png")]
     assert {id for role, id in listed if role == "queries"} == {"q0", "q1"}
-    table = (tmp_path / "store" / "quarantine.csv").read_text().splitlines()
+    table = Path(config.store, "quarantine.csv").read_text().splitlines()
     assert table[0] == "role,id,reason"
     assert len(table) == 5
     store = outcome.store
@@ -150,24 +173,20 @@ def test_unusable_images_are_listed_and_the_rest_goes_on(config, tmp_path):
     assert np.isfinite(whole(store, "text")[ids.index("q0")]).sum() == 20
 
 
-def test_a_repaired_image_is_used_by_the_next_run(first, config, tmp_path):
-    whole_store = first[1].store
-    good = (tmp_path / "images" / "000.png").read_bytes()
-    (tmp_path / "images" / "000.png").write_bytes(b"")
-    assert len(precompute(config).failures) == 3
-    (tmp_path / "images" / "000.png").write_bytes(good)
+def test_a_repaired_image_is_used_by_the_next_run(first, broken, config):
+    whole_store, root = first[1].store, Path(config.dataset.root)
+    shutil.copytree(broken[0].store, config.store)
+    for name in ("000.png", "015.png"):
+        shutil.copy(Path(broken[0].dataset.root) / name, root / name)
+    again = precompute(config)
+    assert (again.blocks, len(again.failures)) == (0, 4)
+    for name in ("000.png", "015.png"):
+        shutil.copy(Path(first[0].dataset.root) / name, root / name)
     mended = precompute(config)
     assert mended.failures == []
-    assert not (tmp_path / "store" / "quarantine.csv").exists()
+    assert not Path(config.store, "quarantine.csv").exists()
     for name in mended.store.models:
         assert np.array_equal(whole(mended.store, name), whole(whole_store, name))
-
-
-def test_a_block_of_unusable_images_alone_is_quarantined(config, tmp_path):
-    (tmp_path / "images" / "000.png").write_bytes(b"")
-    outcome = precompute(replace(config, models=MODELS[:1], encode_block=1))
-    assert len(outcome.failures) == 3
-    assert outcome.store.missing() == []
 
 
 def test_another_gallery_or_other_weights_are_refused(copied, tmp_path):
@@ -180,9 +199,16 @@ def test_another_gallery_or_other_weights_are_refused(copied, tmp_path):
         precompute(config)
 
 
-def test_float16_tiles(config):
-    store = precompute(replace(config, models=MODELS[:1], score_type="float16")).store
-    assert store.scores("sum", 0).dtype == np.float16
+def test_a_block_of_unusable_images_alone_is_quarantined_and_float16_tiles(config, tmp_path):
+    """Two of one model, as its pool starts once."""
+    (tmp_path / "images" / "000.png").write_bytes(b"")
+    alone = replace(config, models=MODELS[:1], encode_block=1)
+    half = replace(config, models=MODELS[:1], score_type="float16", store=str(tmp_path / "half"))
+    dataset = load_dataset(config.dataset)
+    blocks, small = precompute_together([alone, half], [dataset, dataset])
+    assert len(blocks.failures) == 3
+    assert blocks.store.missing() == []
+    assert small.store.scores("sum", 0).dtype == np.float16
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 4, 16])
@@ -196,22 +222,3 @@ def test_pools_leave_cpus_for_decoding(cpus, actors):
 def test_too_many_actors_are_refused_instead_of_hanging():
     with pytest.raises(ConfigError, match="400 actors do not fit 2 CPUs"):
         actor_cpus(2, [ModelConfig("m", "x:y@z", actors=400)])
-
-
-def test_stores_filled_together_equal_those_filled_alone(tmp_path):
-    model = ModelConfig("a", "clip4cir:sum@random-tiny", batch=8)
-    roots = [image_folder(tmp_path / name, 12, 5) for name in ("one", "two")]
-    configs = [
-        PrecomputeConfig(DatasetConfig("folder", root=str(root)), (model,), str(tmp_path / f"s{n}"))
-        for n, root in enumerate(roots)
-    ]
-    datasets = [load_dataset(config.dataset) for config in configs]
-    together = precompute_together(configs, datasets)
-    alone = precompute(replace(configs[1], store=str(tmp_path / "alone"))).store
-    assert [outcome.blocks for outcome in together] == [3, 3]
-    for key in [*alone.feature_keys("a", "gallery"), *alone.score_keys("a")]:
-        assert np.array_equal(together[1].store.read(key), alone.read(key))
-    assert sum(outcome.blocks for outcome in precompute_together(configs, datasets)) == 0
-    other = replace(configs[1], models=(ModelConfig("b", "clip4cir:sum@random-tiny"),))
-    with pytest.raises(ConfigError, match="need the same models"):
-        precompute_together([configs[0], other], datasets)
