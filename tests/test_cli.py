@@ -129,24 +129,6 @@ def test_weights_that_do_not_fit_end_in_one_message_and_can_be_replaced(tmp_path
     assert main(["precompute", "--config", str(config), "--set", good]) == 0
 
 
-@pytest.mark.timeout(150)
-@pytest.mark.usefixtures("local_ray")
-def test_unusable_images_end_with_4(tmp_path, capsys):
-    root = image_folder(tmp_path / "images", images=8, queries=4)
-    (root / "007.png").write_bytes(b"")
-    config = tmp_path / "job.yaml"
-    config.write_text(
-        f"dataset: {{name: folder, root: {root}}}\n"
-        "models: [{name: a, id: 'clip4cir:sum@random-tiny'}]\n"
-        f"store: {tmp_path / 'store'}\n"
-    )
-    assert main(["precompute", "--config", str(config)]) == 4
-    assert "quarantine.csv" in capsys.readouterr().err
-    assert '"stage": "similarity"' in (tmp_path / "store" / "status.json").read_text()
-    assert main(["evaluate", str(tmp_path / "store"), "--out", str(tmp_path / "out")]) == 4
-    assert "007.png" in (tmp_path / "out" / "report.html").read_text()
-
-
 def test_a_bank_is_made_and_used(tmp_path, capsys):
     store = score_store(tmp_path / "s", labelled_dataset(23, 17))
     assert main(["tiles", "bank", store.uri]) == 0
