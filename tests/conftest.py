@@ -16,7 +16,27 @@ settings.register_profile("no timing", deadline=None)
 settings.load_profile("no timing")
 torch.set_num_threads(1)  # spinning threads on a busy machine cost up to 10 x
 
+LONGEST = (
+    "demo/test_demo.py",
+    "tiles/test_precompute.py",
+    "fusion/test_tune.py",
+    "fusion/test_train.py",
+    "datasets/test_make.py",
+    "cluster/test_job_submit.py",
+    "finetune/test_trainer.py",
+    "faults/test_bad_input.py",
+    "tiles/test_unpack.py",
+    "test_cli.py",
+)
+"""Files that start Ray's workers again and again, the longest first."""
+
 REFERENCE = Path(__file__).parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first: the short ones level what two processes have left to do."""
+    places = {Path(__file__).parent / file: n for n, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")
