@@ -45,11 +45,13 @@ class QueryRows:
         queries_B: int64 positions among the queries that are learnt from.
         target_ids_B: int64 rows of the targets among the candidates.
         negatives_BC: int64 rows of the negatives; -1 stands for none.
+        batch_ids_M: int64 rows of the different targets of the whole batch of all workers.
     """
 
     queries_B: Tensor
     target_ids_B: Tensor
     negatives_BC: Tensor
+    batch_ids_M: Tensor
     unfit: tuple[Unfit, ...] = ()
 
     def __len__(self) -> int:
@@ -58,7 +60,12 @@ class QueryRows:
     def rows(self, start: int, stop: int) -> "QueryRows":
         """Some of the queries."""
         part = slice(start, stop)
-        return QueryRows(self.queries_B[part], self.target_ids_B[part], self.negatives_BC[part])
+        return QueryRows(
+            self.queries_B[part],
+            self.target_ids_B[part],
+            self.negatives_BC[part],
+            self.batch_ids_M,
+        )
 
 
 @dataclass(frozen=True)
@@ -139,22 +146,21 @@ class Preference(Objective[QueryRows]):
 
     def batches(self, epoch: int) -> Iterator[QueryRows]:
         """Queries in an order the seed fixes, with the negatives drawn for this epoch."""
-        config = self._config
-        mined = self._columns_QW
-        for rows in epoch_batches(
-            len(self._captions_Q),
-            config.batch_size,
-            config.seed,
-            epoch,
-            self._rank,
-            config.workers,
-        ):
-            drawn = np.zeros((len(rows), 0), np.int64)
+        config, mined = self._config, self._columns_QW
+        share = config.batch_size // config.workers
+        own = slice(self._rank * share, (self._rank + 1) * share)
+        queries = len(self._captions_Q)
+        for everyones in epoch_batches(queries, config.batch_size, config.seed, epoch, 0, 1):
+            rows = everyones[own]
+            drawn = np.zeros((share, 0), np.int64)
             if mined is not None:
                 drawn = draw(mined, self._mining, config.seed, epoch, np.array(rows))
-            found = tuple(self.unfit)
             yield QueryRows(
-                torch.tensor(rows), self._targets_Q[rows], torch.from_numpy(drawn), found
+                torch.tensor(rows),
+                self._targets_Q[rows],
+                torch.from_numpy(drawn),
+                torch.unique(self._targets_Q[everyones]),
+                tuple(self.unfit),
             )
 
     def forward(self, batch: QueryRows) -> Terms:
@@ -203,7 +209,7 @@ class Preference(Objective[QueryRows]):
         """Smooth logarithm of the target's rank among the batch or the gallery."""
         targets_B = batch.target_ids_B.to(self.device)
         if self._settings.candidates == "batch":
-            columns_M = torch.unique(_everyones(targets_B))
+            columns_M = batch.batch_ids_M.to(self.device)
         else:
             columns_M = torch.arange(len(self._candidates_ND), device=self.device)
         cosines_BM = queries_BD @ self._candidates_ND[columns_M].T
@@ -309,12 +315,3 @@ class Preference(Objective[QueryRows]):
         return torch.from_numpy(
             np.concatenate([place.rows(of(place.known)) for place in self._places])
         )
-
-
-def _everyones(ids_B: Tensor) -> Tensor:
-    """The ids of all workers."""
-    if not several_workers():
-        return ids_B
-    parts = [torch.empty_like(ids_B) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, ids_B)
-    return torch.cat(parts)
