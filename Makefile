@@ -4,10 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-slow test-gpu check lint types bench clean
+.PHONY: help demo second-paper test test-slow test-gpu check lint types bench clean
 
 help:
 	@echo "make demo       the whole way on the icons, ends with a table and a report"
+	@echo "make second-paper  zero-shot, Q-Former, DPO and listwise on the icons: an hour, ends with a table"
 	@echo "make test       the tests"
 	@echo "make check      lint, types, tests"
 	@echo "make test-slow  the tests that take minutes"
@@ -22,6 +23,18 @@ $(READY): constraints.txt pyproject.toml
 
 demo: $(READY)
 	$(BIN)/dafm demo
+
+# Each training and store goes on where it stopped.
+STUDY := runs/second-paper
+FUSED := image text sum oti searle qformer dpo-corrected listwise
+second-paper: $(READY)
+	for job in icons_clip icons_searle qformer_icons dpo_icons_paper dpo_icons_corrected listwise_icons; do \
+		$(BIN)/dafm finetune --config configs/$$job.yaml || exit; done
+	$(BIN)/dafm precompute --config configs/second_paper.yaml
+	$(BIN)/dafm precompute --config configs/second_paper.yaml --set dataset.split=val --set store=$(STUDY)/val
+	$(BIN)/dafm evaluate $(STUDY)/test --out $(STUDY)/report --fusion mean@zscore --start sum=image \
+		searle=searle-start qformer=qformer-start dpo-paper=hidden dpo-corrected=sum listwise=sum
+	$(BIN)/dafm evaluate $(STUDY)/test --out $(STUDY)/fused --models $(FUSED) --tune-on $(STUDY)/val
 
 test: $(READY)
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -80,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--out", required=True, help="folder of the results")
     evaluate.add_argument(
+        "--models",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="which models of the store; default: all",
+    )
+    evaluate.add_argument(
         "--fusion",
         nargs="+",
         action="extend",
@@ -321,6 +329,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         EvaluateConfig(
             store=tuple(arguments.store),
             out=arguments.out,
+            models=tuple(arguments.models),
             fusions=tuple(arguments.fusion or STATIC_FUSIONS),
             tune_on=tuple(arguments.tune_on),
             bank=arguments.bank,

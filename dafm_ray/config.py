@@ -152,6 +152,7 @@ class EvaluateConfig:
         store: of the queries to report; several stores of one protocol, as the categories of
             FashionIQ, are reported together.
         out: folder of the results.
+        models: which of the stores'; all by default.
         fusions: static fusions, sub-models or static fusions with `+bank`, folders of trained
             fusions.
         tune_on: store or stores of other queries on which convex weights are searched; empty
@@ -173,6 +174,7 @@ class EvaluateConfig:
 
     store: str | tuple[str, ...]
     out: str
+    models: tuple[str, ...] = ()
     fusions: tuple[str, ...] = STATIC_FUSIONS
     tune_on: str | tuple[str, ...] = ()
     bank: str = ""

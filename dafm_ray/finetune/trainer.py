@@ -262,7 +262,8 @@ def finetune(config: FinetuneConfig) -> Trained:
     """Train on Ray Train; the best weights are `out/weights.safetensors`.
 
     Beside it: `config.yaml`, `history.json` (loss and recall of every epoch), `unfit.csv` (queries
-    and images that could not be used as they are) and, while it runs, `status.json`.
+    and images that could not be used as they are), `start.safetensors` (the model before, where no
+    other file holds it) and, while it runs, `status.json`.
 
     Raises:
         ConfigError, DataError: see `build` and `train`.
@@ -284,12 +285,15 @@ def finetune(config: FinetuneConfig) -> Trained:
         config.use_gpu,
         "train",
     )
+    labels = [label_of(of.name, of.split, of.category, of.root) for of in config.trained_on]
+    vision = str(config.scratch.get("vision", ""))
+    seen = [*trained_on(config.model.partition("@")[2]), *trained_on(vision)]
+    if config.scratch or config.inversion:  # no file holds the model before its training
+        save_weights(start, out / "start.safetensors", learned_from=seen)
     with checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / "state.pt", weights_only=True)
         history = json.loads((Path(folder) / "history.json").read_text())
     start.module.load_state_dict(state["best"], strict=False)
-    labels = [label_of(of.name, of.split, of.category, of.root) for of in config.trained_on]
-    seen = trained_on(config.model.partition("@")[2])
     unfit = tuple(Unfit(*one) for one in state["unfit"])
     save_weights(start, out / "weights.safetensors", learned_from=[*seen, *labels])
     (out / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")

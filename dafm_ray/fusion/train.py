@@ -110,16 +110,9 @@ def open_stores(config: FusionConfig) -> list[TileStore]:
         ConfigError: a model that is not in a store.
         DataError: incomplete stores, or stores with other models.
     """
-    stores = []
-    for uri in config.stores:
-        store = TileStore(uri)
-        for name in config.models:
-            if name not in store.models:
-                raise ConfigError(
-                    f"models: {store.uri} does not hold {name!r}; it holds "
-                    f"{', '.join(store.models)}"
-                )
-        stores.append(store.of(config.models) if config.models else store)
+    stores = [TileStore(uri) for uri in config.stores]
+    if config.models:
+        stores = [store.of(config.models) for store in stores]
     for store in stores:
         store.refuse_incomplete()
         if store.models != stores[0].models or store.manifest.protocol != (

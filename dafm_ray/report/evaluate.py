@@ -75,6 +75,8 @@ def evaluate(config: EvaluateConfig, opened: Sequence[TileStore] | None = None) 
         MachineError: the output folder cannot be written.
     """
     stores = list(opened or [TileStore(uri) for uri in config.stores])
+    if config.models:
+        stores = [store.of(config.models) for store in stores]
     refuse_unlike(stores)
     refuse_unknown_starts(config.starts, stores[0].models)
     queries = [query for store in stores for query in store.queries]

@@ -93,6 +93,8 @@ def _systems(stores: Sequence[TileStore], config: EvaluateConfig) -> list[System
     names = list(config.fusions)
     if config.tuning_stores:
         others = [TileStore(uri) for uri in config.tuning_stores]
+        if config.models:
+            others = [other.of(config.models) for other in others]
         refuse_leaks(stores, others)
         tuned = tuned_on(others, config.bank_t)
         static = sum(not is_artefact(name) for name in names)

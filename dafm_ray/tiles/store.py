@@ -236,9 +236,18 @@ class TileStore:
         return twin
 
     def of(self, models: Iterable[str]) -> "TileStore":
-        """The same store with some of its models only, as if it held no others."""
+        """The same store with some of its models only, as if it held no others.
+
+        Raises:
+            ConfigError: a model that is not in it.
+        """
         part = self._twin()
         part._only = tuple(sorted(models))
+        for name in part._only:
+            if name not in self.models:
+                raise ConfigError(
+                    f"models: {self.uri} does not hold {name!r}; it holds {', '.join(self.models)}"
+                )
         return part
 
     def hiding(self, queries: Iterable[int]) -> "TileStore":

@@ -209,6 +209,19 @@ def test_weights_are_not_searched_on_the_queries_they_are_reported_on(config):
         evaluate(replace(config, tune_on=config.store))
 
 
+def test_some_of_the_models_are_fused_as_if_there_were_no_others(config):
+    whole = metrics(config)
+    names = [system["name"] for system in whole["systems"] if system["kind"] == "single"]
+    part = metrics(replace(config, models=(names[0],)))
+    assert [s["name"] for s in part["systems"] if s["kind"] == "single"] == names[:1]
+    numbers = [{s["name"]: s["metrics"] for s in of["systems"]} for of in (whole, part)]
+    for name in names[:1]:
+        assert numbers[0][name] == numbers[1][name]
+    assert numbers[0]["mean@zscore"] != numbers[1]["mean@zscore"]
+    with pytest.raises(ConfigError, match="does not hold 'clip'; it holds"):
+        evaluate(replace(config, models=("clip",)))
+
+
 def test_weights_are_not_searched_on_other_models(config, tmp_path):
     dataset = labelled_dataset(9, 4, split="val")
     other = score_store(tmp_path / "c", dataset, models=("a", "c"))
