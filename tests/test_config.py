@@ -8,13 +8,14 @@ from dafm_ray.config import (
     EvaluateConfig,
     FusionConfig,
     PrecomputeConfig,
+    RetrieveConfig,
     StudyConfig,
     load_config,
     parse_config,
     to_yaml,
 )
 from dafm_ray.errors import ConfigError
-from dafm_ray.finetune.config import FinetuneConfig
+from dafm_ray.finetune.config import FinetuneConfig, MineConfig
 
 VALUES = {
     "dataset": {"name": "icons", "split": "val"},
@@ -120,11 +121,19 @@ def test_a_number_that_yaml_takes_for_text_is_explained(tmp_path):
 
 
 SHIPPED = {
-    PrecomputeConfig: ("cirr", "fashioniq", "icons", "own_folder"),
+    PrecomputeConfig: ("cirr", "fashioniq", "icons", "own_folder", "second_paper"),
+    RetrieveConfig: ("retrieve_icons",),
+    MineConfig: ("negatives_icons",),
     EvaluateConfig: ("icons_evaluate",),
     FusionConfig: ("fusion", "paper"),
     StudyConfig: ("architecture", "fusion_order", "scaling_factor", "static_weights"),
     FinetuneConfig: (
+        "dpo_icons_corrected",
+        "dpo_icons_paper",
+        "icons_clip",
+        "icons_searle",
+        "listwise_icons",
+        "qformer_icons",
         "qformer_fashioniq",
         "qformer_fashioniq_fp32",
         "qformer_fashioniq_no_qformer",

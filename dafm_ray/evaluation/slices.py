@@ -1,5 +1,6 @@
-"""Parts of the queries on which systems may differ: categories, and lengths of the text."""
+"""Parts of the queries on which systems may differ: categories, kinds and lengths of the text."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +12,22 @@ from dafm_ray.evaluation.metrics import Ints
 
 PARTS = 3
 """Lengths of the text are cut into so many parts of about as many queries each."""
+
+MENTIONS = {
+    "a colour": re.compile(
+        r"\b(colou?r(ed|s)?|dark(er)?|light(er)?|bright(er)?|black|white|gr[ae]y|red|pink|orange|"
+        r"yellow|green|blue|navy|teal|purple|violet|brown|beige|tan|cream|gold(en)?|silver)\b"
+    ),
+    "a pattern": re.compile(
+        r"\b(pattern(s|ed)?|print(s|ed)?|floral|flower(s|ed|y)?|stripe(s|d)?|plaid|check(s|ed|ered)|"
+        r"polka|dot(s|ted)?|leopard|zebra|paisley|lace|tie.?dye(d)?|graphic(s)?|logo(s)?|text)\b"
+    ),
+}
+"""What texts are about where fashion is searched: BLIP-2's Q-Former is said to do better on colours
+than on patterns.
+"""
+
+FEWEST_MENTIONS = 30
 
 
 @dataclass(frozen=True)
@@ -27,8 +44,10 @@ class Slice:
 
 
 def slices(queries: Sequence[Query]) -> tuple[Slice, ...]:
-    """Every category if there are several, then every part of the lengths; none is empty."""
-    return (*_categories(queries), *_lengths(queries))
+    """Every category if there are several, texts that mention a colour or a pattern where there are
+    enough, then every part of the lengths; none is empty.
+    """
+    return (*_categories(queries), *_mentions(queries), *_lengths(queries))
 
 
 def _categories(queries: Sequence[Query]) -> list[Slice]:
@@ -39,6 +58,15 @@ def _categories(queries: Sequence[Query]) -> list[Slice]:
         Slice(name or "no category", np.flatnonzero(category_of == n))
         for n, name in enumerate(names.tolist())
     ]
+
+
+def _mentions(queries: Sequence[Query]) -> list[Slice]:
+    texts = [" ".join(query.captions).lower() for query in queries]
+    found = [
+        Slice(f"mention {what}", np.flatnonzero([bool(words.search(text)) for text in texts]))
+        for what, words in MENTIONS.items()
+    ]
+    return [part for part in found if FEWEST_MENTIONS <= len(part.queries) < len(queries)]
 
 
 def _lengths(queries: Sequence[Query]) -> list[Slice]:

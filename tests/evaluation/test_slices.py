@@ -49,3 +49,13 @@ def test_every_query_is_in_one_part_of_the_lengths(lengths):
         assert all(len(part.queries) for part in found)
         longest = [max(lengths[q] for q in part.queries) for part in found]
         assert longest == sorted(longest)
+
+
+def test_texts_that_mention_a_colour_or_a_pattern_are_parts():
+    texts = ["is Darker", "has stripes", "a red floral print", "is longer"] * 30
+    asked = [Query(f"q{n}", "r", (text, "and so on")) for n, text in enumerate(texts)]
+    found = {part.name: part.queries.tolist() for part in slices(asked)}
+    assert found["mention a colour"] == [n for n in range(120) if n % 4 in (0, 2)]
+    assert found["mention a pattern"] == [n for n in range(120) if n % 4 in (1, 2)]
+    assert not any("mention" in part.name for part in slices(asked[:40]))
+    assert not any("mention" in part.name for part in slices(asked[::4]))
