@@ -128,6 +128,9 @@ SHIPPED = {
     FusionConfig: ("fusion", "paper"),
     StudyConfig: ("architecture", "fusion_order", "scaling_factor", "static_weights"),
     FinetuneConfig: (
+        "dpo_fashioniq_corrected",
+        "dpo_fashioniq_paper",
+        "listwise_fashioniq",
         "dpo_icons_corrected",
         "dpo_icons_paper",
         "icons_clip",
