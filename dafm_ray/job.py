@@ -72,6 +72,8 @@ def precompute_job(config: PrecomputeConfig) -> int:
         f"{store.uri}: {len(store.models)} models, {store.size('queries')} queries, "
         f"{store.size('gallery')} images; {outcome.blocks} blocks computed now"
     )
+    for model, texts in outcome.cut.items():
+        say(f"{model} reads {texts} texts cut, they are too long for it; see {store.uri}/cut")
     return _exit_code(len(outcome.failures), f"{store.uri}/{QUARANTINE}")
 
 
@@ -85,6 +87,8 @@ def retrieve_job(config: RetrieveConfig) -> int:
     if counted["queries"]:
         percents = "  ".join(f"{name} {value:.1f}" for name, value in counted["metrics"].items())
         print(f"protocol {counted['protocol']}, {counted['queries']} queries: {percents}")
+    if counted["texts_cut"]:
+        say(f"{len(counted['texts_cut'])} texts are too long for the model and were cut")
     print(f"index of {measured['gallery']} images, {measured['index']}")
     for part in ("encode", "search"):
         spent = "  ".join(f"{name} {ms:.2f} ms" for name, ms in measured[f"{part}_ms"].items())

@@ -126,7 +126,7 @@ def evaluate(config: EvaluateConfig, opened: Sequence[TileStore] | None = None) 
         *(standings.notes if standings else []),
         *([against.note] if against else []),
     ]
-    footing = footing_notes(ranked.made, list(summaries.values()))
+    footing = footing_notes(stores, ranked.made, list(summaries.values()))
     texts = {
         METRICS: json.dumps(_metrics(manifests, table, standings, against, config), indent=1)
         + "\n",

@@ -1,5 +1,6 @@
 """The result in sentences: what a person reads first, and what a number stands on."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from dafm_ray.evaluation.metrics import UNRANKED
@@ -8,6 +9,7 @@ from dafm_ray.evaluation.summary import Summary
 from dafm_ray.fusion.static import Convex
 from dafm_ray.fusion.systems import Systems
 from dafm_ray.report.tables import Row, Table
+from dafm_ray.tiles.store import TileStore
 
 
 def summary_notes(table: Table) -> list[str]:
@@ -15,9 +17,17 @@ def summary_notes(table: Table) -> list[str]:
     return [*_best(table), *_fusing(table), *_verdicts(table), *_oracle(table)]
 
 
-def footing_notes(made: Sequence[Systems], summaries: Sequence[Summary]) -> list[str]:
+def footing_notes(
+    stores: Sequence[TileStore], made: Sequence[Systems], summaries: Sequence[Summary]
+) -> list[str]:
     """Where weights and banks come from, and what is missing."""
-    notes = []
+    cut = Counter[str]()
+    for store in stores:
+        cut.update({model: len(queries) for model, queries in store.cut_texts().items()})
+    notes = [
+        f"{model} read {count:,} texts cut, they are too long for it."
+        for model, count in cut.items()
+    ]
     for system in made[0].systems:
         if isinstance(system, Convex):
             shares = ", ".join(f"{name} {weight:.2f}" for name, weight in system.weights.items())

@@ -99,6 +99,7 @@ def retrieve(config: RetrieveConfig) -> Retrieval:
         "identity": identity,
         "gallery": len(dataset.gallery),
         "top": config.top,
+        "texts_cut": [q.id for q in dataset.queries if model.cuts(model.caption(q.captions))],
         **ranked.counted(config.top),
     }
     write_text(out / METRICS, json.dumps(metrics, indent=1) + "\n")

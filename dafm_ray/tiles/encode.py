@@ -240,6 +240,11 @@ class Encoder:
         if self.pool.name in unit.todo:
             store = self.stores[unit.part]
             features = self.forward(store)(unit.images, unit.image_index, unit.captions)
+            model = self.model
+            texts = zip(unit.ids, unit.captions, strict=False)  # a gallery has none
+            cut = [id for id, captions in texts if model.cuts(model.caption(captions))]
+            if cut:
+                store.list_cut(self.pool.name, unit.block, cut)
             store.write(feature_key(self.pool.name, unit.role, unit.block), features)
         if not self.last:
             return unit

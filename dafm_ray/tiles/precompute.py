@@ -36,11 +36,13 @@ class Outcome:
     Attributes:
         blocks: encode blocks and tiles computed by this run; 0 when all were there.
         failures: items of the store that could not be used.
+        cut: model -> how many texts are longer than it reads.
     """
 
     store: TileStore
     blocks: int
     failures: list[Failure]
+    cut: dict[str, int]
 
 
 def precompute(config: PrecomputeConfig, dataset: Dataset | None = None) -> Outcome:
@@ -94,7 +96,7 @@ def precompute_together(
                 for store in stores:
                     score_tiles(store, names, shown, configs[0].scoring_gpus)
         return [
-            Outcome(store, blocks, _list_failures(store))
+            Outcome(store, blocks, _list_failures(store), _counted(store.cut_texts()))
             for store, blocks in zip(stores, missing, strict=True)
         ]
 
@@ -145,6 +147,10 @@ def _list_failures(store: TileStore) -> list[Failure]:
     else:
         store.storage.delete(QUARANTINE)
     return failures
+
+
+def _counted(cut: dict[str, list[str]]) -> dict[str, int]:
+    return {model: len(queries) for model, queries in cut.items()}
 
 
 def _retry_quarantined(store: TileStore, dataset: Dataset) -> None:

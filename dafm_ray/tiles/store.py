@@ -10,6 +10,7 @@ Layout below the root:
     banks/IDENTITY/sums.DIGEST.arrow             statistics of a query bank (fusion/bank.py)
     records/...DIGEST.json                       one per finished block, written after it
     quarantine/gallery-000012.json               images that could not be used, with reasons
+    cut/MODEL-000003.json                        queries whose text is longer than it reads
 
 Only a record makes a block exist. Its name carries the block's checksum, so a listing is enough to
 know what is done, and every block is verified when a process first opens it.
@@ -396,6 +397,28 @@ class TileStore:
             except (ValueError, KeyError, TypeError):
                 raise DataError(f"{self.uri}: {path} is damaged; delete it") from None
         return found
+
+    def list_cut(self, model: str, block: int, queries: Sequence[str]) -> None:
+        """List the queries of one encode block whose text is longer than a model reads."""
+        data = json.dumps(list(queries), ensure_ascii=False, indent=1).encode()
+        self.storage.write(f"cut/{model}-{block:06d}.json", pa.py_buffer(data))
+
+    def cut_texts(self) -> dict[str, list[str]]:
+        """Model -> queries whose text is longer than it reads; models that read all are left out.
+
+        Raises:
+            DataError: a list is damaged.
+        """
+        found: dict[str, list[str]] = {}
+        for path in sorted(self.storage.list("cut")):
+            model = path.removeprefix("cut/").rpartition("-")[0]
+            try:
+                found.setdefault(model, []).extend(
+                    json.loads(bytes(memoryview(self.storage.read(path))))
+                )
+            except (ValueError, TypeError):
+                raise DataError(f"{self.uri}: {path} is damaged; delete it") from None
+        return {model: found[model] for model in self.models if model in found}
 
     def forget(self, role: Role, block: int) -> None:
         """Drop the records of an encode block, of every tile made of it, and its quarantine."""

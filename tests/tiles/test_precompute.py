@@ -67,8 +67,10 @@ def together(tmp_path_factory, first):
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory, local_ray):
-    """A finished run with two unusable images, which no test changes."""
+    """A finished run with two unusable images and a long text, which no test changes."""
     config = config_of(tmp_path_factory.mktemp("broken"))
+    queries = Path(config.dataset.root) / "queries.jsonl"
+    queries.write_text(queries.read_text().replace("change 5", "change 5 " * 40))
     (Path(config.dataset.root) / "000.png").write_bytes(b"")
     (Path(config.dataset.root) / "015.png").write_bytes(b"<html>404</html>")
     return config, precompute(config)
@@ -222,3 +224,9 @@ def test_pools_leave_cpus_for_decoding(cpus, actors):
 def test_too_many_actors_are_refused_instead_of_hanging():
     with pytest.raises(ConfigError, match="400 actors do not fit 2 CPUs"):
         actor_cpus(2, [ModelConfig("m", "x:y@z", actors=400)])
+
+
+def test_texts_that_a_model_reads_cut_are_listed(first, broken):
+    assert first[1].cut == {}
+    assert broken[1].cut == {"sum": 1, "text": 1}
+    assert broken[1].store.cut_texts() == {"sum": ["q5"], "text": ["q5"]}
