@@ -28,12 +28,12 @@ demo: $(READY)
 STUDY := runs/second-paper
 FUSED := image text sum oti searle qformer dpo-corrected listwise
 second-paper: $(READY)
-	for job in icons_clip icons_searle qformer_icons dpo_icons_paper dpo_icons_corrected listwise_icons; do \
+	for job in icons_clip icons_searle qformer_icons_pairs qformer_icons dpo_icons_paper dpo_icons_corrected listwise_icons; do \
 		$(BIN)/dafm finetune --config configs/$$job.yaml || exit; done
 	$(BIN)/dafm precompute --config configs/second_paper.yaml
 	$(BIN)/dafm precompute --config configs/second_paper.yaml --set dataset.split=val --set store=$(STUDY)/val
 	$(BIN)/dafm evaluate $(STUDY)/test --out $(STUDY)/report --fusion mean@zscore --start sum=image \
-		searle=searle-start qformer=qformer-start dpo-paper=hidden dpo-corrected=sum listwise=sum
+		searle=searle-start qformer=qformer-start dpo-paper=hidden dpo-corrected=sum-half listwise=sum-half
 	$(BIN)/dafm evaluate $(STUDY)/test --out $(STUDY)/fused --models $(FUSED) --tune-on $(STUDY)/val
 
 test: $(READY)

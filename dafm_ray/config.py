@@ -712,6 +712,7 @@ def _walk(kind: Any, location: Sequence[int | str]) -> tuple[str, Any]:
     """
     parts = []
     for part in location:
+        kind = _without_none(kind)
         inner = [arg for arg in get_args(kind) if arg is not ...]
         if get_origin(kind) in (Union, UnionType):
             kind = next((arg for arg in inner if getattr(arg, "__name__", "") == part), inner[-1])
@@ -719,4 +720,12 @@ def _walk(kind: Any, location: Sequence[int | str]) -> tuple[str, Any]:
         hints = get_type_hints(kind) if is_dataclass(kind) else {}
         kind = hints.get(str(part)) if hints else (inner[-1] if inner else None)
         parts.append(str(part))
-    return ".".join(parts), kind
+    return ".".join(parts), _without_none(kind)
+
+
+def _without_none(kind: Any) -> Any:
+    """What may be null, if it is not; pydantic gives the one member of such a union no name."""
+    if get_origin(kind) not in (Union, UnionType):
+        return kind
+    members = [arg for arg in get_args(kind) if arg is not type(None)]
+    return members[0] if len(members) == 1 else kind

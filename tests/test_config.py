@@ -1,3 +1,4 @@
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -120,6 +121,24 @@ def test_a_number_that_yaml_takes_for_text_is_explained(tmp_path):
         load_config(FusionConfig, file)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("preference.negatives.ranks=[1]", "'preference.negatives.ranks' has too few entries"),
+        ("preference.negatives.near=reference", "'preference.negatives.near': the value should"),
+        ("preference.recipe=papper", "'preference.recipe': the value should be 'paper'"),
+        ("preference.betta=1", "unknown key 'preference.betta'; did you mean 'beta'"),
+        ("preference.negatives.count=0", "negatives.count must be at least 1"),
+        ("train=[]", "train and validation: name at least one data set"),
+        ("train.split=5", "'train.split': the value should be a valid string"),
+        ("inversion={}", "a job has preference or inversion, not both"),
+    ],
+)
+def test_wrong_keys_below_keys_that_may_be_null_are_named_whole(override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(FinetuneConfig, "configs/dpo_icons_corrected.yaml", [override])
+
+
 SHIPPED = {
     PrecomputeConfig: ("cirr", "fashioniq", "icons", "own_folder", "second_paper"),
     RetrieveConfig: ("retrieve_icons",),
@@ -137,6 +156,7 @@ SHIPPED = {
         "icons_searle",
         "listwise_icons",
         "qformer_icons",
+        "qformer_icons_pairs",
         "qformer_fashioniq",
         "qformer_fashioniq_fp32",
         "qformer_fashioniq_no_qformer",
