@@ -140,7 +140,14 @@ def test_wrong_keys_below_keys_that_may_be_null_are_named_whole(override, messag
 
 
 SHIPPED = {
-    PrecomputeConfig: ("cirr", "fashioniq", "icons", "own_folder", "second_paper"),
+    PrecomputeConfig: (
+        "cirr",
+        "fashioniq",
+        "icons",
+        "own_folder",
+        "second_paper",
+        "second_paper_fashioniq",
+    ),
     RetrieveConfig: ("retrieve_icons",),
     MineConfig: ("negatives_icons",),
     EvaluateConfig: ("icons_evaluate",),
