@@ -16,6 +16,9 @@ from torch import Tensor, nn
 PREFIX = "a photo of"
 """What stands before the pseudo-word."""
 
+STEPS = 350
+"""Of the optimisation of a word."""
+
 PLACEHOLDER = "$"
 """Stands where the pseudo-word is put."""
 
@@ -132,7 +135,7 @@ def _replaced(embedding: nn.Embedding, place: int, words_BW: Tensor) -> Iterator
 def optimised_words(
     towers: Towers,
     features_RD: Tensor,
-    steps: int = 350,
+    steps: int = STEPS,
     learning_rate: float = 2e-2,
     weight_decay: float = 0.01,
     ema: float = 0.99,

@@ -26,6 +26,7 @@ from dafm_ray.models.initialisation import seeded
 from dafm_ray.models.inversion import (
     PLACEHOLDER,
     PREFIX,
+    STEPS,
     Phi,
     Towers,
     encode_with_words,
@@ -107,7 +108,8 @@ class OwnTowers:
 class ZeroShot(FrozenModel):
     """Queries from CLIP's two towers: `image` or `text` alone, their `sum` (`sum=0.3`: the image
     counts three tenths), the image as a word of the sentence by a network (`searle`) or by an
-    optimisation (`oti`), or the text feature before its projection (`hidden`).
+    optimisation (`oti`; `oti=100`: of a hundred steps), or the text feature before its projection
+    (`hidden`).
 
     Reads any model of open_clip, as `ViT-L-14/openai`, and the towers of every file that CLIP4CIR's
     loader reads. `searle` adds a file with the network, as in `zeroshot:searle@clip.pt+phi.pt`.
@@ -117,9 +119,10 @@ class ZeroShot(FrozenModel):
     module: Weights
 
     def __init__(self, towers: Towers, variant: str, phi: Phi | None = None) -> None:
-        name, _, share = variant.partition("=")
+        name, _, option = variant.partition("=")
         self.variant = name
-        self.share = float(share or IMAGE_SHARE)
+        self.share = float(option) if option and name == "sum" else IMAGE_SHARE
+        self.steps = int(option) if option and name == "oti" else STEPS
         self.towers = towers
         self.module = Weights(towers.module, phi)
         if name == "hidden":
@@ -127,12 +130,14 @@ class ZeroShot(FrozenModel):
 
     @classmethod
     def offers(cls, variant: str) -> bool:
-        """The variants, and `sum=SHARE` with a share of the image between 0 and 1."""
-        name, equals, share = variant.partition("=")
+        """The variants, `sum=SHARE` with a share of the image from 0 to 1, and `oti=STEPS`."""
+        name, equals, option = variant.partition("=")
         if not equals:
             return name in cls.variants
         try:
-            return name == "sum" and 0 <= float(share) <= 1
+            if name == "oti":
+                return int(option) >= 1
+            return name == "sum" and 0 <= float(option) <= 1
         except ValueError:
             return False
 
@@ -217,7 +222,7 @@ class ZeroShot(FrozenModel):
             return self.compose(None, captions_B)
         features_RD = self.towers.encode_images(references_R3HW)
         if self.variant == "oti":
-            words_RW = optimised_words(self.towers, features_RD)
+            words_RW = optimised_words(self.towers, features_RD, self.steps)
             return self.read(words_RW[reference_index_B], captions_B)
         return self.compose(features_RD[reference_index_B], captions_B)
 

@@ -37,7 +37,9 @@ def test_the_sum_weighs_both_normalised_features():
         assert torch.allclose(model.encode_queries(*both), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["sum=2", "sum=-0.1", "sum=much", "image=0.5", "sums"])
+@pytest.mark.parametrize(
+    "variant", ["sum=2", "sum=-0.1", "sum=much", "image=0.5", "sums", "oti=0", "oti=1.5"]
+)
 def test_a_share_is_between_0_and_1(variant):
     with pytest.raises(ConfigError, match="zeroshot offers the variants image, text, sum"):
         resolve(f"zeroshot:{variant}@random-tiny")
@@ -74,6 +76,18 @@ def test_an_optimised_word_says_more_of_its_image(searle):
         alone = optimised_words(towers, features[1:2], steps=40)
         assert torch.allclose(alone, words[1:2], atol=1e-3)
     assert all(p.grad is None for p in searle.module.parameters())
+
+
+def test_the_steps_of_the_optimisation_are_chosen(searle):
+    references, index = images(searle, 1), torch.tensor([0])
+    few, more = (load_model(f"zeroshot:oti={n}@random-tiny") for n in (2, 9))
+    assert load_model("zeroshot:oti@random-tiny").steps == 350
+    caption = few.caption(["red"])
+    with torch.inference_mode():
+        features = few.towers.encode_images(references)
+        expected = few.read(optimised_words(few.towers, features, 2), [caption])
+        assert torch.equal(few.encode_queries(references, index, [caption]), expected)
+        assert not torch.equal(more.encode_queries(references, index, [caption]), expected)
 
 
 @torch.inference_mode()
