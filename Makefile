@@ -29,7 +29,7 @@ demo: $(READY)
 STUDY := runs/second-paper
 FUSED := image text sum oti searle qformer dpo-corrected listwise
 second-paper: $(READY)
-	for job in icons_clip icons_searle qformer_icons_pairs qformer_icons dpo_icons_paper dpo_icons_corrected listwise_icons; do \
+	for job in icons_clip icons_searle qformer_icons dpo_icons_paper dpo_icons_corrected listwise_icons; do \
 		$(BIN)/dafm finetune --config configs/$$job.yaml || exit; done
 	$(BIN)/dafm precompute --config configs/second_paper.yaml
 	$(BIN)/dafm precompute --config configs/second_paper.yaml --set dataset.split=val --set store=$(STUDY)/val

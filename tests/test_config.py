@@ -163,7 +163,6 @@ SHIPPED = {
         "icons_searle",
         "listwise_icons",
         "qformer_icons",
-        "qformer_icons_pairs",
         "qformer_fashioniq",
         "qformer_fashioniq_fp32",
         "qformer_fashioniq_no_qformer",

@@ -83,14 +83,18 @@ class ClipVision(nn.Module):
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, P, V): class token, if there is one, and patches, after the tower's
         last norm. A tower that attends to its patches through a pool has none before it.
+
+        Where a class token alone is the image's feature, nothing has trained the patches of the last
+        block, and those of the block before it are taken, as BLIP-2 does.
         """
         visual = self.visual
         trunk = getattr(visual, "trunk", None)  # of timm
         has_class = hasattr(visual, "class_embedding") or getattr(trunk, "num_prefix_tokens", 0) > 0
+        pooled = getattr(visual, "attn_pool", None) is not None
         found = visual.forward_intermediates(
             images_B3HW,
-            indices=1,
-            normalize_intermediates=getattr(visual, "attn_pool", None) is None,
+            indices=2 if has_class and not pooled else 1,
+            normalize_intermediates=not pooled,
             intermediates_only=True,
             output_extra_tokens=has_class,
         )
