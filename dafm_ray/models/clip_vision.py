@@ -84,8 +84,8 @@ class ClipVision(nn.Module):
         """(B, 3, H, W) -> (B, P, V): class token, if there is one, and patches, after the tower's
         last norm. A tower that attends to its patches through a pool has none before it.
 
-        Where a class token alone is the image's feature, nothing has trained the patches of the last
-        block, and those of the block before it are taken, as BLIP-2 does.
+        Where a class token alone is the image's feature, nothing has trained the patches of the
+        last block, and those of the block before it are taken, as BLIP-2 does.
         """
         visual = self.visual
         trunk = getattr(visual, "trunk", None)  # of timm

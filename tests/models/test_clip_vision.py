@@ -33,7 +33,7 @@ class Nothing(torch.nn.Module):
 
 
 def without_last_block(visual):
-    """A tower whose feature is its class token, up to the block that only this token is read from."""
+    """A tower whose feature is its class token, up to the block that only that is read from."""
     if hasattr(visual, "trunk"):
         if hasattr(visual.trunk, "cls_token"):
             visual.trunk.blocks[-1] = Nothing()
