@@ -85,7 +85,7 @@ class ClipVision(nn.Module):
         last norm. A tower that attends to its patches through a pool has none before it.
 
         Where a class token alone is the image's feature, nothing has trained the patches of the
-        last block, and those of the block before it are taken, as BLIP-2 does.
+        last block, and those of the block before it are taken, as BLIP-2 does, if there is one.
         """
         visual = self.visual
         trunk = getattr(visual, "trunk", None)  # of timm
@@ -93,7 +93,7 @@ class ClipVision(nn.Module):
         pooled = getattr(visual, "attn_pool", None) is not None
         found = visual.forward_intermediates(
             images_B3HW,
-            indices=2 if has_class and not pooled else 1,
+            indices=2 if has_class and not pooled and _blocks(visual) > 1 else 1,
             normalize_intermediates=not pooled,
             intermediates_only=True,
             output_extra_tokens=has_class,
@@ -102,6 +102,11 @@ class ClipVision(nn.Module):
         if not has_class:
             return patches_BPV
         return torch.cat([found["image_intermediates_prefix"][0], patches_BPV], dim=1)
+
+
+def _blocks(visual: Any) -> int:
+    trunk = getattr(visual, "trunk", None)
+    return len(trunk.blocks if trunk is not None else visual.transformer.resblocks)
 
 
 def _build(config: ClipVisionConfig) -> nn.Module:
