@@ -191,7 +191,6 @@ class FinetuneConfig:
         model: `family:variant@weights` to start from; weights `scratch` starts from `scratch`.
         out: folder of checkpoints and of the result, `weights.safetensors`.
         scratch: sizes of a model that is trained from nothing, as its family reads them.
-        vocabulary: data sets whose words a model from nothing knows too, to be trained on later.
         parts: prefixes of the parameters that learn; the rest stays frozen.
         preference: learn from preferences; see `PreferenceConfig`.
         inversion: learn pseudo-words; see `InversionConfig`.
@@ -229,7 +228,6 @@ class FinetuneConfig:
     model: str
     out: str
     scratch: dict[str, Any] = field(default_factory=dict)
-    vocabulary: tuple[DatasetConfig, ...] = ()
     parts: tuple[str, ...] = ("",)
     preference: PreferenceConfig | None = None
     inversion: InversionConfig | None = None

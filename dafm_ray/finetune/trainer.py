@@ -61,9 +61,7 @@ def build(config: FinetuneConfig) -> FrozenModel:
         raise DataError(
             f"{labelled} triplets do not fill one batch of {config.batch_size}; lower batch_size"
         )
-    later = [query for data in config.vocabulary for query in load_dataset(data).queries]
-    captions = [query.captions for query in (*queries, *later)]
-    model = found.start(model_id, config.scratch, captions, config.seed)
+    model = found.start(model_id, config.scratch, [q.captions for q in queries], config.seed)
     loss_weights(model, config.loss)
     names = [name for name, _ in model.module.named_parameters()]
     for part in config.parts:
