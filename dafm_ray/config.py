@@ -152,7 +152,6 @@ class EvaluateConfig:
         store: of the queries to report; several stores of one protocol, as the categories of
             FashionIQ, are reported together.
         out: folder of the results.
-        models: which of the stores'; all by default.
         fusions: static fusions, sub-models or static fusions with `+bank`, folders of trained
             fusions.
         tune_on: store or stores of other queries on which convex weights are searched; empty
@@ -168,13 +167,13 @@ class EvaluateConfig:
         studies: folders of finished studies of orders, whose figure is shown.
         cases: queries shown with pictures.
         seed: of the resampling and of the sample of cases.
+        models: which of the stores'; all by default.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID
 
     store: str | tuple[str, ...]
     out: str
-    models: tuple[str, ...] = ()
     fusions: tuple[str, ...] = STATIC_FUSIONS
     tune_on: str | tuple[str, ...] = ()
     bank: str = ""
@@ -185,6 +184,7 @@ class EvaluateConfig:
     studies: tuple[str, ...] = ()
     cases: int = 12
     seed: int = 0
+    models: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _refuse_circles(self.starts)

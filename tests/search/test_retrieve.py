@@ -57,7 +57,8 @@ def test_rankings_and_recalls_are_those_of_scoring_all(config, tmp_path, top):
     table = pq.read_table(tmp_path / "out" / "rankings.parquet")
     rows = [tuple(row.values()) for row in table.to_pylist()]
     assert rows == brute_force(config)
-    recall = validation_recall(load_model(TRAINED), open_folder(config.dataset.root), "cpu")
+    dataset = open_folder(config.dataset.root)
+    recall, _ = validation_recall(load_model(TRAINED), [dataset], "cpu")
     counted = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert counted == json.loads(json.dumps(found.metrics))
     assert (counted["queries"], counted["gallery"], counted["protocol"]) == (9, 20, "folder")
