@@ -71,8 +71,8 @@ _FASHIONIQ_COLUMNS = tuple(
 )
 _FASHIONIQ = Published(
     "FashionIQ val",
-    "on its own queries and galleries (original split), under the authors' own weights; they compare "
-    "with the rows above only where these are FashionIQ val itself.",
+    "on its own queries and galleries (original split), under the authors' own weights; they "
+    "compare with the rows above only where these are FashionIQ val itself.",
     _rows(
         (*_FASHIONIQ_COLUMNS, "Rmean"),
         """
