@@ -8,8 +8,8 @@ READY := .venv/.ready
 
 help:
 	@echo "make demo       the whole way on the icons, ends with a table and a report"
-	@echo "make second-paper  zero-shot, Q-Former, DPO and listwise on the icons: an hour, ends with a table"
-	@echo "make second-paper-fashioniq  the same on the icons in FashionIQ's layout, half an hour more"
+	@echo "make second-paper  zero-shot, Q-Former, DPO and listwise on the icons; ends with a table"
+	@echo "make second-paper-fashioniq  the same on the icons in FashionIQ's layout"
 	@echo "make test       the tests"
 	@echo "make check      lint, types, tests"
 	@echo "make test-slow  the tests that take minutes"

@@ -30,8 +30,12 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table."""
-    with file.open("w", encoding="utf-8", newline="") as stream:
+    """Write a table whole.
+
+    Raises:
+        MachineError: it cannot be written.
+    """
+    with replacing(file) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)

@@ -114,6 +114,11 @@ class Preference(Objective[QueryRows]):
         self._settings = config.preference
         assert config.preference.negatives is not None
         self._mining = config.preference.negatives
+        if self._mining.shards:
+            raise ConfigError(
+                "preference holds the index itself; leave negatives.shards out, it is for "
+                "`dafm negatives`"
+            )
         self._rank = rank
         self._places = self._open(datasets)
         vectors = [place.index.vectors for place in self._places]
@@ -160,7 +165,6 @@ class Preference(Objective[QueryRows]):
                 self._targets_Q[rows],
                 torch.from_numpy(drawn),
                 torch.unique(self._targets_Q[everyones]),
-                tuple(self.unfit),
             )
 
     def forward(self, batch: QueryRows) -> Terms:

@@ -135,6 +135,7 @@ def train(
         torch.manual_seed(config.seed * 100_003 + epoch * 101 + rank)
         _learning_mode(model, config.parts)
         objective.begin(epoch)
+        unfit.update(objective.unfit)
         losses = []
         for batch in objective.batches(epoch):
             unfit.update(batch.unfit)

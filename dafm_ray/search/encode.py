@@ -1,7 +1,5 @@
 """Features of a gallery and of queries, in this process, block by block."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from torch import Tensor
 from dafm_ray.datasets.base import Dataset, Query
 from dafm_ray.datasets.images import ImageError
 from dafm_ray.errors import ConfigError, DataError, MachineError
-from dafm_ray.files import write_text
+from dafm_ray.files import write_csv
 from dafm_ray.models.base import FrozenModel
 from dafm_ray.models.registry import load_model
 from dafm_ray.progress import progress
@@ -150,9 +148,5 @@ def write_quarantine(out: Path, images: Sequence[Unusable], queries: Sequence[Un
     listed = [("gallery", *each) for each in images] + [("queries", *each) for each in queries]
     (out / QUARANTINE).unlink(missing_ok=True)
     if listed:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["role", "id", "reason"])
-        writer.writerows(listed)
-        write_text(out / QUARANTINE, text.getvalue())
+        write_csv(out / QUARANTINE, ("role", "id", "reason"), listed)
     return len(listed)

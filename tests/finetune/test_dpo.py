@@ -190,6 +190,10 @@ def test_the_index_is_made_once_and_anew_for_other_weights(config, tmp_path, mon
         ({"parts": ("",)}, "name parts of the text side alone"),
         ({"parts": ("CLIP.visual",)}, "name parts of the text side alone"),
         ({"preference": PreferenceConfig("corrected")}, "ranks ends at 50, and a query has"),
+        (
+            {"preference": PreferenceConfig("corrected", negatives=replace(WINDOW, shards=2))},
+            "leave negatives.shards out",
+        ),
     ],
 )
 def test_wrong_configurations(config, change, message):
@@ -215,7 +219,7 @@ def test_queries_that_the_rules_leave_no_negative_are_listed(config):
     without = [one.item for one in objective.unfit]
     assert 0 < len(without) < 16
     batches = list(objective.batches(0))
-    assert all(one.reason == "the rules leave it no negative" for one in batches[0].unfit)
+    assert all(one.reason == "the rules leave it no negative" for one in objective.unfit)
     assert sum(int((batch.negatives_BC < 0).sum()) for batch in batches) == len(without)
 
 
