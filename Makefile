@@ -43,7 +43,7 @@ categories = [$(foreach c,$(CATEGORIES),{name: fashioniq, root: $(LIKE), split: 
 second-paper-fashioniq: second-paper
 	test -d $(LIKE) || $(BIN)/dafm data make fashioniq-like --out $(LIKE)
 	for job in dpo_icons_paper dpo_icons_corrected listwise_icons qformer_icons; do \
-		$(BIN)/dafm finetune --config configs/$$job.yaml --set out=$(STUDY)/fashioniq/$$job --set epochs=6 \
+		$(BIN)/dafm finetune --config configs/$$job.yaml --set out=$(STUDY)/fashioniq/$$job \
 		--set train='$(call categories,train)' --set validation='$(call categories,val)' || exit; done
 	for category in $(CATEGORIES); do $(BIN)/dafm precompute --config configs/second_paper_fashioniq.yaml \
 		--set dataset.category=$$category --set store=$(STUDY)/fashioniq/$$category || exit; done

@@ -4,8 +4,10 @@ Source: DAFM, Tables 2 and 3, whose own rows are its last. CIRR's are of the tes
 server counts them (hits / 4,150); DAFM's own row fits no such count and is unverified.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from dafm_ray.datasets.registry import dataset_entry
 from dafm_ray.tiles.manifest import Manifest
 
 
@@ -24,13 +26,31 @@ class Published:
     rows: dict[str, dict[str, float]]
 
 
-def published_for(manifest: Manifest, metrics: tuple[str, ...]) -> Published | None:
-    """The published rows of a data set's protocol, if every category of it is there."""
-    if manifest.dataset["name"] == "cirr" and manifest.protocol == "cirr":
-        return _CIRR
-    if manifest.protocol == "fashioniq" and set(_FASHIONIQ_COLUMNS) <= set(metrics):
-        return _FASHIONIQ
-    return None
+def published_for(manifests: Sequence[Manifest], metrics: tuple[str, ...]) -> Published | None:
+    """The published rows of a data set's protocol, if every category of it is there.
+
+    The note says where the stores hold other images or queries than the data set's authors count,
+    as a folder that borrows its layout does.
+    """
+    first = manifests[0]
+    if first.dataset["name"] == "cirr" and first.protocol == "cirr":
+        published = _CIRR
+    elif first.protocol == "fashioniq" and set(_FASHIONIQ_COLUMNS) <= set(metrics):
+        published = _FASHIONIQ
+    else:
+        return None
+    if all(_is_whole(manifest) for manifest in manifests):
+        return published
+    other = "the rows above are of other images or queries in this layout and do not compare; "
+    return replace(published, note=other + published.note)
+
+
+def _is_whole(manifest: Manifest) -> bool:
+    """Whether it holds as many images and queries as the authors of its data set count."""
+    spec = manifest.dataset
+    part = spec["split"], spec.get("category", "")
+    counted = dataset_entry(spec["name"]).published.get(part)
+    return counted == (manifest.gallery_size, manifest.queries_size)
 
 
 def _rows(columns: tuple[str, ...], text: str) -> dict[str, dict[str, float]]:
@@ -71,8 +91,7 @@ _FASHIONIQ_COLUMNS = tuple(
 )
 _FASHIONIQ = Published(
     "FashionIQ val",
-    "on its own queries and galleries (original split), under the authors' own weights; they "
-    "compare with the rows above only where these are FashionIQ val itself.",
+    "on its own queries and galleries (original split), under the authors' own weights.",
     _rows(
         (*_FASHIONIQ_COLUMNS, "Rmean"),
         """

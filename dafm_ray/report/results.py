@@ -75,7 +75,7 @@ def result_table(
             HEADLINE,
             {s.system.name: s.hits(HEADLINE) for s in summaries if s.system.kind == "single"},
         ),
-        published=published_for(manifest, tuple(rows[0].metrics)),
+        published=published_for([store.manifest for store in stores], tuple(rows[0].metrics)),
     )
 
 

@@ -75,7 +75,8 @@ class Standings:
         below = high < 0 and paired.p < SIGNIFICANT
         return (
             f"{model.name} {'is below' if below else 'cannot be told from'} chance at {HEADLINE}: "
-            f"{_points(paired)}, {model.hits:,} hits where a random order has {self.hits:,.1f}."
+            f"{_points(paired)}, {model.hits:,} hits where a random order has {self.hits:,.1f}"
+            f"{_uncorrected(paired, below)}."
         )
 
     def section(self) -> Section:
@@ -201,9 +202,13 @@ def _beside_start(model: Standing) -> str:
     paired = model.started[HEADLINE]
     low, high = paired.ci95
     verdict = "is above" if low > 0 else "is below" if high < 0 else "cannot be told from"
-    told_alone = (low > 0 or high < 0) and not paired.is_significant
-    holm = ", but not after Holm's correction" if told_alone else ""
-    return f"{model.name} {verdict} its start {model.start} at {HEADLINE}: {_points(paired)}{holm}."
+    beside = f"{model.name} {verdict} its start {model.start} at {HEADLINE}: {_points(paired)}"
+    return f"{beside}{_uncorrected(paired, low > 0 or high < 0)}."
+
+
+def _uncorrected(paired: Paired, told: bool) -> str:
+    """What to add to a difference that is told by its interval alone."""
+    return ", but not after Holm's correction" if told and not paired.is_significant else ""
 
 
 def _points(paired: Paired) -> str:

@@ -35,7 +35,7 @@ def test_published_rows_stand_apart_and_are_never_ours(page):
 
 def test_other_data_has_no_published_rows(page, tmp_path):
     store = score_store(tmp_path / "s", labelled_dataset(20, 9))
-    assert published_for(store.manifest, page.table.metrics) is None
+    assert published_for([store.manifest], page.table.metrics) is None
 
 
 def test_marks_are_of_significant_gains_alone(page):
@@ -74,6 +74,19 @@ def test_latex_is_escaped():
     assert latex("a_b & 5 % {x} #1 $") == r"a\_b \& 5 \% \{x\} \#1 \$"
     assert latex("p < 0.05 †") == r"p $<$ 0.05 $\dagger$"
     assert latex("a\\b") == r"a\textbackslash b"
+
+
+def test_published_rows_say_when_the_data_is_another_one_in_the_same_layout(page, tmp_path):
+    assert "do not compare" in page.table.published.note
+    like = score_store(tmp_path / "s", replace(labelled_dataset(20, 9), name="cirr")).manifest
+    val = replace(
+        like,
+        dataset={"name": "cirr", "split": "val", "category": ""},
+        gallery_size=2_297,
+        queries_size=4_181,
+    )
+    assert "do not compare" not in published_for([val], page.table.metrics).note
+    assert "do not compare" in published_for([val, like], page.table.metrics).note
 
 
 def test_published_figures_as_the_papers_print_them(page):
