@@ -12,7 +12,7 @@ import yaml
 from dafm_ray.config import parse_config, to_yaml
 from dafm_ray.errors import ConfigError, DafmError, refusals
 from dafm_ray.progress import followed
-from dafm_ray.session import available_cpus, available_gpus
+from dafm_ray.session import available_cpus, available_gpus, cpu_resources
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint
@@ -120,7 +120,11 @@ def run_workers(
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": float(cpus_per_worker), "GPU": float(use_gpu)},
+            resources_per_worker={
+                "CPU": float(cpus_per_worker),
+                "GPU": float(use_gpu),
+                **({} if use_gpu else cpu_resources()),
+            },
         ),
         run_config=RunConfig(
             name="checkpoints",

@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 
 from dafm_ray.errors import DataError
 from dafm_ray.progress import Progress
-from dafm_ray.session import Row, available_cpus, explained, finished, one_thread
+from dafm_ray.session import (
+    Row,
+    available_cpus,
+    cpu_resources,
+    explained,
+    finished,
+    one_thread,
+)
 from dafm_ray.tiles.blocks import Array
 from dafm_ray.tiles.similarity import padded, score_block
 from dafm_ray.tiles.store import TileStore, columns_key, moments_key, score_key, spans
@@ -87,8 +94,9 @@ def list_candidates(
     across = spans(len(store.tile_columns), SPAN)
     common = {"uri": store.uri, "run": uuid.uuid4().hex, "models": tuple(models)}
     options: dict[str, Any] = {"num_cpus": 1, "max_retries": -1, "scheduling_strategy": "SPREAD"}
-    search = ray.remote(**options, num_gpus=gpus)(search_span)
-    commit = ray.remote(**options)(commit_block)
+    on_cpus = cpu_resources()
+    search = ray.remote(**options, num_gpus=gpus, resources={} if gpus else on_cpus)(search_span)
+    commit = ray.remote(**options, resources=on_cpus)(commit_block)
     room = max(1, int(AHEAD * available_cpus()) // len(across))
     under_way: list[Any] = []
     for q, rows in enumerate(store.tile_rows):
