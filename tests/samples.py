@@ -24,11 +24,13 @@ def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def image_folder(root: Path, images: int = 20, queries: int = 9) -> Path:
+def image_folder(
+    root: Path, images: int = 20, queries: int = 9, size: tuple[int, int] = (40, 32)
+) -> Path:
     """`queries` queries over `images` PNG files; two queries share a reference."""
     root.mkdir(parents=True, exist_ok=True)
     for n in range(images):
-        picture(n).save(root / f"{n:03d}.png")
+        picture(n, size).save(root / f"{n:03d}.png")
     lines = [
         {
             "id": f"q{n}",

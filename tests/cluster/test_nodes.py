@@ -1,0 +1,188 @@
+"""A cluster of several Ray nodes on this machine: jobs are submitted to it, and nodes die."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dafm_ray.config import PrecomputeConfig, load_config
+from dafm_ray.tiles.precompute import precompute
+from dafm_ray.tiles.store import TileStore
+from tests.samples import image_folder
+
+ROOT = Path(__file__).parents[2]
+RAY = Path(sys.executable).parent / "ray"
+PORT = 9465
+KILLS = 5
+
+SOON_NOTICED = {
+    "health_check_initial_delay_ms": 500,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 500,
+    "health_check_failure_threshold": 3,
+}
+"""A node that dies is noticed after 15 to 20 s by default."""
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+MODELS = """
+models:
+  - {name: a, id: "clip4cir:sum@package://dafm_ray.demo/weights/clip4cir_sum.safetensors",
+     batch: 16, actors: 2}
+  - {name: b, id: "sprc:base@package://dafm_ray.demo/weights/sprc.safetensors", batch: 16}
+"""
+
+
+class Nodes:
+    """A head without work, and workers that come and go."""
+
+    def __init__(self, store_bytes: int, workers: list[dict[str, float]]) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 0,
+                "include_dashboard": True,
+                "dashboard_host": "127.0.0.1",
+                "dashboard_port": PORT,
+                "dashboard_agent_listen_port": PORT + 1,
+                "object_store_memory": 100_000_000,
+                "_system_config": SOON_NOTICED,
+            },
+        )
+        self._store_bytes = store_bytes
+        self._workers = [self._start(resources) for resources in workers]
+
+    def _start(self, resources: dict[str, float]):
+        node = self._cluster.add_node(
+            num_cpus=2, object_store_memory=self._store_bytes, resources=resources
+        )
+        return node, resources
+
+    def kill_one(self) -> None:
+        """End the oldest worker as a lost machine would, and give the cluster another one."""
+        node, resources = self._workers.pop(0)
+        self._cluster.remove_node(node, allow_graceful=False)
+        self._workers.append(self._start(resources))
+
+    def end(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture
+def nodes(request, monkeypatch) -> Iterator[Nodes]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    settings = getattr(request, "param", {})
+    found = Nodes(settings.get("store_bytes", 100_000_000), settings.get("workers", [{}, {}]))
+    yield found
+    found.end()
+
+
+def submitted(*job: str, **environment: str) -> subprocess.Popen[str]:
+    command = [str(RAY), "job", "submit", "--address", f"http://127.0.0.1:{PORT}"]
+    command += ["--working-dir", str(ROOT)]
+    if environment:
+        command += ["--runtime-env-json", json.dumps({"env_vars": environment})]
+    return subprocess.Popen(
+        [*command, "--", sys.executable, *job],
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def done(process: subprocess.Popen[str]) -> str:
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, out[-4000:]
+    return out
+
+
+def share_done(store: Path) -> float:
+    """Of both stages, from what the job says of itself."""
+    try:
+        status = json.loads((store / "status.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return 0.0
+    begun = {"encode": 0.0, "similarity": 1.0}.get(status["stage"], -1.0)
+    return max(0.0, begun + status["done"] / max(1, status["total"]))
+
+
+@pytest.mark.parametrize("shortlist", [0, 20])
+def test_a_node_that_dies_five_times_changes_nothing(nodes, tmp_path, shortlist):
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        "dataset: {name: icons, split: val}\nstore: x\nencode_block: 16\ntile_queries: 128\n"
+        f"tile_candidates: 256\nshortlist: {shortlist}\n{MODELS}"
+    )
+    store = tmp_path / "killed"
+    job = submitted("jobs/precompute.py", "--config", str(config), "--set", f"store={store}")
+    killed = 0
+    while job.poll() is None:
+        if killed < KILLS and share_done(store) > 0.3 * (killed + 1):
+            nodes.kill_one()
+            killed += 1
+        time.sleep(0.2)
+    assert "552 blocks" in done(job) or shortlist
+    assert killed == KILLS
+    unbroken = precompute(
+        load_config(PrecomputeConfig, config, [f"store={tmp_path / 'unbroken'}"])
+    ).store
+    found = TileStore(str(store))
+    assert not found.missing()
+    assert found.scores_digest == unbroken.scores_digest
+    assert found.finished() == unbroken.finished()
+
+    trained = tmp_path / "train.yaml"
+    plain = "bank_t: 0\nprofiles: false\n" if shortlist else ""
+    trained.write_text(
+        f"store: {store}\nout: {tmp_path / 'fusion'}\nfolds: 3\nrecipe: {{epochs: 1}}\n{plain}"
+    )
+    assert "lightfusion" in done(submitted("jobs/train_fusion.py", "--config", str(trained)))
+    tuned = tmp_path / "tune.yaml"
+    tuned.write_text(
+        f"kind: static\nfusion: {{store: {store}}}\nout: {tmp_path / 'study'}\n"
+        "spaces: [{system: [mean@zscore, rrf]}]\n"
+    )
+    assert "study:" in done(submitted("jobs/tune_fusion.py", "--config", str(tuned)))
+    evaluated = tmp_path / "evaluate.yaml"
+    evaluated.write_text(f"store: {store}\nout: {tmp_path / 'report'}\ncases: 2\n")
+    assert "mean@zscore" in done(submitted("jobs/evaluate.py", "--config", str(evaluated)))
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("nodes", [{"store_bytes": 100_000_000}], indirect=True)
+def test_an_object_store_of_300_mb_in_all_is_enough_for_photographs(nodes, tmp_path):
+    images = image_folder(tmp_path / "images", images=200, queries=60, size=(1200, 900))
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        f"dataset: {{name: folder, root: {images}}}\nstore: {tmp_path / 'store'}\n"
+        f"encode_block: 64\n{MODELS}"
+    )
+    assert "2 models, 60 queries, 200 images" in done(
+        submitted("jobs/precompute.py", "--config", str(config))
+    )
+    assert not TileStore(str(tmp_path / "store")).missing()
+
+
+@pytest.mark.parametrize("nodes", [{"workers": [{"cpu_node": 1}, {}]}], indirect=True)
+def test_work_without_a_gpu_stays_on_the_nodes_it_names(nodes, tmp_path):
+    from ray.util.state import list_actors
+
+    images = image_folder(tmp_path / "images", images=20, queries=9)
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        f"dataset: {{name: folder, root: {images}}}\nstore: {tmp_path / 'store'}\n{MODELS}"
+    )
+    job = ("jobs/precompute.py", "--config", str(config))
+    done(submitted(*job, DAFM_CPU_RESOURCE="cpu_node"))
+    actors = list_actors(address=f"http://127.0.0.1:{PORT}", limit=1000)
+    at_work = {actor.node_id for actor in actors if re.search("Decoder|Encoder", actor.class_name)}
+    assert len(at_work) == 1
