@@ -20,10 +20,11 @@ from dafm_ray.fusion.train import train_fusion
 from dafm_ray.progress import progress
 from dafm_ray.report.audits.shortlist import audit_shortlist
 from dafm_ray.report.evaluate import evaluate
+from dafm_ray.tiles.ingest import ingest
 from dafm_ray.tiles.manifest import Grid
-from dafm_ray.tiles.shortlist import list_candidates
+from dafm_ray.tiles.shortlist import first_of, list_candidates, moments, union
 from dafm_ray.tiles.similarity import score_tiles
-from dafm_ray.tiles.store import TileStore
+from dafm_ray.tiles.store import TileStore, columns_key, moments_key, score_key
 from tests.samples import feature_store, labelled_dataset, search_features
 
 pytestmark = pytest.mark.timeout(170)
@@ -166,3 +167,35 @@ def test_what_needs_all_scores_is_refused(made, tmp_path):
     plain = FusionConfig(short.uri, str(tmp_path / "f"), folds=3, bank_t=0, profiles=False)
     with pytest.raises(ConfigError, match="sees_reference needs the scores of all"):
         train_fusion(replace(plain, sees_reference=True))
+
+
+@pytest.mark.parametrize("k", [50, 100])
+def test_real_scores_lose_next_to_nothing(reference_material, tmp_path, k):
+    whole = ingest(str(reference_material / "scores" / "cirr_val"), str(tmp_path / "whole")).store
+    manifest = whole.manifest
+    short = TileStore.create(
+        str(tmp_path / "short"),
+        replace(labelled_dataset(9, 3), name="cirr"),
+        manifest.dataset,
+        manifest.models,
+        manifest.grid,
+        manifest.score_type,
+        k,
+    )
+    for name in manifest.tables:
+        short.storage.write(name, whole.storage.read(name))
+    short.storage.write("manifest.json", replace(manifest, shortlist=k).to_bytes())
+    short = TileStore(short.uri)
+    for block, rows in enumerate(whole.tile_rows):
+        scores_MBN = scores_of(whole, np.array(rows))
+        found = first_of(scores_MBN, 0, k)
+        columns_BW, scores_MBW = union(found)
+        short.write(columns_key(block), columns_BW)
+        for m, model in enumerate(whole.models):
+            short.write(moments_key(model, block), moments(found)[m])
+            short.write(score_key(model, block, 0), scores_MBW[m])
+    details = audit_shortlist(short, whole, "mean@zscore").details
+    assert details["found"]["10"] > 0.995
+    assert details["found"]["50"] > (0.97 if k == 50 else 0.999)
+    assert abs(details["R@10"]["shortlist"] - details["R@10"]["all"]) < 0.05
+    assert details["kept"] < 3 * k
