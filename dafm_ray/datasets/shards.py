@@ -2,7 +2,7 @@
 
 A tar is read in place: one scan of its headers, then every image by its offset. A Parquet file can
 only be read in its own order, so precompute first unpacks it into tars (`tiles.unpack`).
-Shards lie on this machine or on any pyarrow filesystem.
+Shards lie on this machine or behind a URI of pyarrow's or fsspec's.
 """
 
 import functools
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +24,8 @@ from pyarrow import fs
 from dafm_ray.datasets.base import Draft, ImageSource, digest, refuse_duplicates
 from dafm_ray.datasets.images import SUFFIXES, ImageError, decode
 from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.remote import open_filesystem, retried
+from dafm_ray.uris import is_uri, local_path
 
 ID, IMAGE = "id", "image"
 """Columns of a Parquet shard. `image` holds bytes, or a struct with `bytes` as Hugging Face
@@ -70,9 +72,16 @@ class TarImages(ShardedImages):
     """Images in uncompressed tar files; a locator is `shard:offset:size`."""
 
     def _read(self, shard: int, first: int, second: int) -> bytes:
-        try:
+        def read() -> bytes:
             with self.filesystem.open_input_file(self.shards[shard]) as file:
-                data: bytes = file.read_at(second, first)
+                found: bytes = file.read_at(second, first)
+            return found
+
+        try:
+            if isinstance(self.filesystem, fs.LocalFileSystem):
+                data = read()
+            else:  # a server that is busy must not put sound images into quarantine
+                data = retried(read, "read", self.shards[shard])
         except OSError as error:
             raise ImageError(f"{self.shards[shard]} cannot be read: {error}") from None
         if len(data) < second:
@@ -130,8 +139,8 @@ def open_shards(where: str) -> Shards:
     """Open the shards a path names.
 
     Args:
-        where: a file, a folder, a pattern in the last part of a path, or a pyarrow filesystem URI
-            of one of these; all tar or all Parquet.
+        where: a file, a folder, a pattern in the last part of a path, or a URI of one of these; all
+            tar or all Parquet.
 
     Raises:
         ConfigError: the URI cannot be opened, or no shard is there.
@@ -170,13 +179,10 @@ def stored_in(draft: Draft, source: ImageSource, places: Mapping[str, str]) -> D
 
 
 def _find(where: str) -> tuple[fs.FileSystem, list[str]]:
-    if "://" in where:
-        try:
-            filesystem, path = fs.FileSystem.from_uri(where)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ConfigError(f"cannot open {where}: {error}") from None
+    if is_uri(where):
+        filesystem, path = open_filesystem(where)
     else:
-        filesystem, path = fs.LocalFileSystem(), str(Path(where).absolute())
+        filesystem, path = fs.LocalFileSystem(), str(local_path(where).absolute())
     folder, _, pattern = path.rpartition("/")
     try:
         info = filesystem.get_file_info(path)

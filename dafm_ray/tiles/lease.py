@@ -85,7 +85,7 @@ def _renewed(storage: Storage) -> Iterator[None]:
 
     def renew() -> None:
         while not done.wait(EXPIRY / 4):
-            with suppress(OSError):
+            with suppress(OSError, MachineError):
                 found = _read(storage)
                 if found and found["token"] != token:
                     lost.set()
