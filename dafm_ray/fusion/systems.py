@@ -116,7 +116,7 @@ class Maker:
         if self.tuned is not None and name == self.tuned[0].name:
             return self.tuned
         if (Path(name).is_dir() or "/" in name) and not is_artefact(name):
-            raise ConfigError(f"{shown(name)} is no folder or URI of a trained fusion")
+            raise ConfigError(f"{shown(name)} is no folder of a trained fusion")
         try:
             return static_fusion(name), STRENGTH
         except ConfigError as error:
