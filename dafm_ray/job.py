@@ -70,12 +70,13 @@ def precompute_job(config: PrecomputeConfig) -> int:
     outcome = precompute(config)
     store = outcome.store
     print(
-        f"{store.uri}: {len(store.models)} models, {store.size('queries')} queries, "
+        f"{shown(store.uri)}: {len(store.models)} models, {store.size('queries')} queries, "
         f"{store.size('gallery')} images; {outcome.blocks} blocks computed now"
     )
     for model, texts in outcome.cut.items():
-        say(f"{model} reads {texts} texts cut, they are too long for it; see {store.uri}/cut")
-    return _exit_code(len(outcome.failures), f"{store.uri}/{QUARANTINE}")
+        where = shown(join(store.uri, "cut"))
+        say(f"{model} reads {texts} texts cut, they are too long for it; see {where}")
+    return _exit_code(len(outcome.failures), shown(join(store.uri, QUARANTINE)))
 
 
 def retrieve_job(config: RetrieveConfig) -> int:

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,8 +41,10 @@ class ObjectStore:
         self.address = f"127.0.0.1:{self._server.server_port}"
         keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
         endpoint = f"http://{self.address}"
+        urllib.request.urlopen(f"{endpoint}/moto-api/reset", data=b"").close()
         client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
         client.create_bucket(Bucket="stores")
+        self.requests.clear()
 
     def uri(self, path: str, bucket: str = "stores") -> str:
         """Of a prefix; it holds its credentials, since Ray's workers have another environment."""
