@@ -146,7 +146,8 @@ class Cache:
 def _mapped(path: Path) -> pa.Buffer | None:
     """A copy's bytes; None if there is none."""
     try:
-        os.utime(path)
+        with suppress(OSError):  # somebody else's file
+            os.utime(path)
         with pa.memory_map(str(path)) as mapped:
             return mapped.read_buffer()
     except (OSError, pa.ArrowInvalid):
@@ -197,20 +198,23 @@ def local_copy(uri: str) -> Path:
     identity = hashlib.blake2b(made_of.encode(), digest_size=16).hexdigest()
     suffix = PurePosixPath(path).suffix
     cache = open_cache()
-    if cache is None or info.size > cache.limit:
+    if cache is None or info.size > cache.limit or not _is_writable(cache.folder):
         cache = _scratch()
-    where = cache.folder
-    with refusals(where):
-        where.mkdir(parents=True, exist_ok=True)
-        # The actors of a machine want the same weights at the same time: one of them fetches.
-        with cache.locked(identity):
-            kept = cache.find(f"{identity}-*{suffix}")
-            if kept is not None:
-                if str(kept) in _verified or _digest(kept) == kept.stem.partition("-")[2]:
-                    _verified.add(str(kept))
-                    return kept
-                kept.unlink(missing_ok=True)
-            return _fetched(filesystem, path, uri, info.size, cache, identity)
+    # The actors of a machine want the same weights at the same time: one of them fetches.
+    with refusals(cache.folder), cache.locked(identity):
+        kept = cache.find(f"{identity}-*{suffix}")
+        if kept is not None:
+            if str(kept) in _verified or _digest(kept) == kept.stem.partition("-")[2]:
+                _verified.add(str(kept))
+                return kept
+            kept.unlink(missing_ok=True)
+        return _fetched(filesystem, path, uri, info.size, cache, identity)
+
+
+def _is_writable(folder: Path) -> bool:
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
 
 
 def read_part(uri: str, start: int, size: int) -> bytes:

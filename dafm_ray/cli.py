@@ -586,6 +586,7 @@ def _tiles_export(arguments: argparse.Namespace) -> int:
     from dafm_ray.tiles.export import export
     from dafm_ray.tiles.store import TileStore
 
+    refuse_uri("--to", arguments.to)
     export(TileStore(arguments.store), arguments.to)
     print(arguments.to)
     return DONE

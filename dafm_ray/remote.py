@@ -81,6 +81,13 @@ def open_filesystem(uri: str, tries: int = PATIENT_TRIES) -> tuple[fs.FileSystem
     return filesystem, path.rstrip("/")
 
 
+def impatient(filesystem: fs.FileSystem) -> fs.FileSystem:
+    """The same filesystem without tries of its own, for requests that are `retried`."""
+    if isinstance(filesystem, PatientS3):
+        return PatientS3(1, filesystem.__reduce__()[1][1])
+    return filesystem
+
+
 def _open_fsspec(uri: str) -> tuple[fs.FileSystem, str]:
     import fsspec
 
@@ -178,6 +185,16 @@ def may_pass(error: Exception) -> bool:
     if type(error).__module__.partition(".")[0] == "aiohttp":
         return True
     return isinstance(error, OSError) and bool(_PASSING.search(str(error)))
+
+
+def failure(error: Exception, where: str, otherwise: DafmError) -> DafmError:
+    """What a failed read of something else's means: the server's trouble, or `otherwise`."""
+    if isinstance(error, OSError) and may_pass(error):
+        return MachineError(
+            f"cannot read {shown(where)}: {error}. Start again once the storage answers; finished "
+            "work is kept"
+        )
+    return otherwise
 
 
 def _refuse(error: Exception, doing: str, where: str) -> NoReturn:

@@ -24,8 +24,8 @@ from pyarrow import fs
 from dafm_ray.datasets.base import Draft, ImageSource, digest, refuse_duplicates
 from dafm_ray.datasets.images import SUFFIXES, ImageError, decode
 from dafm_ray.errors import ConfigError, DataError
-from dafm_ray.remote import open_filesystem, retried
-from dafm_ray.uris import is_uri, local_path
+from dafm_ray.remote import failure, impatient, open_filesystem, retried
+from dafm_ray.uris import is_uri, local_path, shown
 
 ID, IMAGE = "id", "image"
 """Columns of a Parquet shard. `image` holds bytes, or a struct with `bytes` as Hugging Face
@@ -71,9 +71,13 @@ class ShardedImages(ABC):
 class TarImages(ShardedImages):
     """Images in uncompressed tar files; a locator is `shard:offset:size`."""
 
+    @functools.cached_property
+    def _impatient(self) -> fs.FileSystem:
+        return impatient(self.filesystem)
+
     def _read(self, shard: int, first: int, second: int) -> bytes:
         def read() -> bytes:
-            with self.filesystem.open_input_file(self.shards[shard]) as file:
+            with self._impatient.open_input_file(self.shards[shard]) as file:
                 found: bytes = file.read_at(second, first)
             return found
 
@@ -196,7 +200,8 @@ def _find(where: str) -> tuple[fs.FileSystem, list[str]]:
         selector = fs.FileSelector(folder, allow_not_found=True, recursive=below)
         listed = filesystem.get_file_info(selector)
     except OSError as error:
-        raise ConfigError(f"cannot list {where}: {error}") from None
+        unlisted = ConfigError(f"cannot list {shown(where)}: {error}")
+        raise failure(error, where, unlisted) from None
     paths = sorted(
         entry.path
         for entry in listed
@@ -220,7 +225,8 @@ def _scan_tar(filesystem: fs.FileSystem, path: str) -> list[tuple[str, str]]:
                     found.append((name, f"{member.offset_data}:{member.size}"))
                 tar.members = []  # type: ignore[attr-defined]  # a kilobyte an image
     except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path} cannot be read as an uncompressed tar: {error}") from None
+        unsound = DataError(f"{path} cannot be read as an uncompressed tar: {error}")
+        raise failure(error, path, unsound) from None
     return found
 
 
@@ -232,7 +238,7 @@ def _scan_parquet(filesystem: fs.FileSystem, path: str) -> list[tuple[str, str]]
         try:
             column = file.read_row_group(number, columns=[ID]).column(ID)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} is damaged: {error}") from None
+            raise failure(error, path, DataError(f"{path} is damaged: {error}")) from None
         if column.null_count:
             raise DataError(f"{path} has rows without {ID!r}")
         ids = column.to_pylist()
@@ -244,14 +250,14 @@ def _batches(file: pq.ParquetFile, path: str, row_group: int) -> Iterator[pa.Rec
     try:
         yield from file.iter_batches(_ROWS, row_groups=[row_group], columns=[ID, IMAGE])
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {error}") from None
+        raise failure(error, path, DataError(f"{path} is damaged: {error}")) from None
 
 
 def _parquet(filesystem: fs.FileSystem, path: str) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(filesystem.open_input_file(path), buffer_size=_BUFFER_BYTES)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a Parquet file: {error}") from None
+        raise failure(error, path, DataError(f"{path} is not a Parquet file: {error}")) from None
     kinds = {field.name: field.type for field in file.schema_arrow}
     image = kinds.get(IMAGE)
     if image is not None and pa.types.is_struct(image):

@@ -27,7 +27,6 @@ from dafm_ray.tiles import blocks
 from dafm_ray.tiles.blocks import Array
 from dafm_ray.tiles.manifest import ModelEntry
 from dafm_ray.tiles.store import TileStore
-from dafm_ray.uris import refuse_uri
 
 METADATA = b"dafm_ray"
 DIGESTS = "dafm_ray.digests"
@@ -41,11 +40,9 @@ def export(store: TileStore, to: str) -> None:
     """Write all models of a store to a Parquet file.
 
     Raises:
-        ConfigError: the file is a URI.
         DataError: the store is incomplete or damaged.
         MachineError: the file cannot be written.
     """
-    refuse_uri("--to", to)
     store.refuse_incomplete()
     schema = _schema(store)
     row_bytes = len(store.models) * store.size("gallery") * np.dtype(_type(store)).itemsize

@@ -58,7 +58,8 @@ def test_damage_on_s3_is_found(bucket):
         TileStore(bucket).read(key)
 
 
-def test_shards_on_s3_are_read_in_place(bucket, tmp_path):
+def test_shards_on_s3_are_read_in_place(bucket, object_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "BACKOFF", Backoff(sleep=lambda seconds: None))
     root = image_folder(tmp_path / "own", images=6, queries=2)
     members = [(path.name, path.read_bytes()) for path in sorted(root.glob("*.png"))]
     tar_shard(tmp_path / "0.tar", members[:4])
@@ -70,8 +71,14 @@ def test_shards_on_s3_are_read_in_place(bucket, tmp_path):
     place, _, options = bucket.partition("?")
     for pattern in ("*.tar", "x.parquet"):
         source, places = open_shards(f"{place}/{pattern}?{options}")
+        object_store.fault = every(3, 503) if pattern == "*.tar" else object_store.fault
         for name, data in members:
             assert source.read(places[name]) == data
+        object_store.fault = lambda method, path: None
+    source, places = open_shards(f"{place}/*.tar?{options}")
+    object_store.fault = every(1, 503)  # the images are sound: nothing goes into quarantine
+    with pytest.raises(MachineError, match="failed 7 times"):
+        source.read(places[members[0][0]])
 
 
 def test_the_lease_on_s3(bucket):
