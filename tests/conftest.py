@@ -35,6 +35,8 @@ LONGEST = (
     "finetune/test_trainer.py",
     "faults/test_bad_input.py",
     "tiles/test_unpack.py",
+    "report/test_results_on_s3.py",
+    "tiles/test_object_store.py",
     "test_cli.py",
 )
 """Files that start Ray's workers again and again, the longest first."""
