@@ -24,10 +24,12 @@ from dafm_ray.evaluation.submission_format import LENGTHS
 from dafm_ray.finetune.config import FinetuneConfig, MineConfig
 from dafm_ray.job import (
     add_config_arguments,
+    add_plan_argument,
     evaluate_job,
     finetune_job,
     guarded,
     negatives_job,
+    plan_job,
     precompute_job,
     retrieve_job,
     say,
@@ -65,8 +67,12 @@ def _parser() -> argparse.ArgumentParser:
         "--from-scratch", action="store_true", help="train the sub-models first (about an hour)"
     )
 
+    precompute = _add(
+        commands, "precompute", _precompute, "features and similarity tiles; resumes by itself"
+    )
+    add_config_arguments(precompute)
+    add_plan_argument(precompute)
     for name, command, text in (
-        ("precompute", _precompute, "features and similarity tiles; resumes by itself"),
         ("retrieve", _retrieve, "rank every query with one sub-model and an index, no tiles"),
         ("finetune", _finetune, "train a sub-model on triplets"),
         ("negatives", _negatives, "the hard negatives that a fine-tune would learn from"),
@@ -174,13 +180,18 @@ def _parser() -> argparse.ArgumentParser:
     alone = _add(audit, "modality", _audit_modality, "what the image or the text alone solves")
     alone.add_argument("--image-only", default="", metavar="MODEL", help="that sees no text")
     alone.add_argument("--text-only", default="", metavar="MODEL", help="that sees no image")
+    short = _add(audit, "shortlist", _audit_shortlist, "what ranking shortlists loses")
+    short.add_argument(
+        "--whole", required=True, metavar="STORE", help="the scores of all candidates"
+    )
+    short.add_argument("--fusion", default="mean@zscore", metavar="NAME", help="as for `dafm rank`")
     seen = _add(audit, "stacking", _audit_stacking, "whether models have seen these queries")
     seen.add_argument(
         "--held-out", default="", metavar="STORE", help="queries that no model has seen"
     )
-    for each in (equal, twins, alone, seen):
+    for each in (equal, twins, alone, short, seen):
         each.add_argument("store")
-    for each in (order, equal, twins, alone, seen):
+    for each in (order, equal, twins, alone, short, seen):
         each.add_argument("--json", type=_local, metavar="FILE", help="all of it, for machines")
 
     data = _group(commands, "data", "data sets")
@@ -319,7 +330,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _precompute(arguments: argparse.Namespace) -> int:
-    return precompute_job(load_config(PrecomputeConfig, arguments.config, arguments.set))
+    job = plan_job if arguments.plan else precompute_job
+    return job(load_config(PrecomputeConfig, arguments.config, arguments.set))
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
@@ -513,6 +525,14 @@ def _audit_modality(arguments: argparse.Namespace) -> int:
     return _audited(found, arguments.json)
 
 
+def _audit_shortlist(arguments: argparse.Namespace) -> int:
+    from dafm_ray.report.audits.shortlist import audit_shortlist
+    from dafm_ray.tiles.store import TileStore
+
+    short, whole = TileStore(arguments.store), TileStore(arguments.whole)
+    return _audited(audit_shortlist(short, whole, arguments.fusion), arguments.json)
+
+
 def _audit_stacking(arguments: argparse.Namespace) -> int:
     from dafm_ray.report.audits.stacking import audit_stacking
     from dafm_ray.tiles.store import TileStore
@@ -598,10 +618,11 @@ def _tiles_info(arguments: argparse.Namespace) -> int:
     store = TileStore(arguments.store)
     manifest = store.manifest
     print(f"{store.uri}: {manifest.title}, protocol {manifest.protocol}")
+    listed = f", shortlists of the first {manifest.shortlist}" if manifest.shortlist else ""
     print(
         f"{manifest.queries_size} queries x {manifest.gallery_size} images, "
         f"{manifest.score_type}, tiles {manifest.grid.tile_queries} x "
-        f"{manifest.grid.tile_candidates}"
+        f"{manifest.grid.tile_candidates}{listed}"
     )
     done = store.finished()
     for name in store.models:

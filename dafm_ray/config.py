@@ -94,6 +94,10 @@ class PrecomputeConfig:
         tile_queries: rows of a tile; fixed at the store's first run.
         tile_candidates: columns of a tile; fixed at the store's first run.
         score_type: float16 halves the store and makes ties; fixed at the store's first run.
+        shortlist: 0 keeps the score of every candidate. K keeps, of each query, the candidates that
+            are among the first K of any model, with their scores under all models: for galleries
+            where a score of every query and candidate makes no sense. Fixed at the store's first
+            run, with the models.
         scoring_gpus: GPUs a tile takes while it is scored; 0 scores on CPUs.
     """
 
@@ -106,6 +110,7 @@ class PrecomputeConfig:
     tile_queries: int = 512
     tile_candidates: int = 32768
     score_type: Literal["float32", "float16"] = "float32"
+    shortlist: int = 0
     scoring_gpus: float = 0.0
 
     def __post_init__(self) -> None:
@@ -118,6 +123,8 @@ class PrecomputeConfig:
         for key in ("encode_block", "tile_queries", "tile_candidates"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} must be at least 1")
+        if self.shortlist < 0:
+            raise ConfigError("shortlist must be at least 0")
         for model in self.models:
             if model.actors < 1 or (model.num_gpus != "auto" and model.num_gpus < 0):
                 raise ConfigError(f"models: {model.name} needs actors >= 1 and num_gpus >= 0")

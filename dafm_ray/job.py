@@ -37,12 +37,34 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_job(kind: type[Config], job: Callable[[Config], int]) -> int:
-    """Parse the command line of a job script, run it, return its exit code."""
+def run_job(
+    kind: type[Config],
+    job: Callable[[Config], int],
+    plan: Callable[[Config], int] | None = None,
+) -> int:
+    """Parse the command line of a job script, run it, return its exit code.
+
+    Args:
+        kind: of its configuration.
+        job: what it does.
+        plan: what it does with `--plan` instead, if it has that.
+    """
     parser = argparse.ArgumentParser(description=job.__doc__)
     add_config_arguments(parser)
+    if plan is not None:
+        add_plan_argument(parser)
     arguments = parser.parse_args()
-    return guarded(lambda: job(load_config(kind, arguments.config, arguments.set)))
+    chosen = plan if plan is not None and arguments.plan else job
+    return guarded(lambda: chosen(load_config(kind, arguments.config, arguments.set)))
+
+
+def add_plan_argument(parser: argparse.ArgumentParser) -> None:
+    """`--plan` of a precompute."""
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="say what it would take on this cluster (time, storage, what limits it) and stop",
+    )
 
 
 def guarded(action: Callable[[], int]) -> int:
@@ -77,6 +99,15 @@ def precompute_job(config: PrecomputeConfig) -> int:
         where = shown(join(store.uri, "cut"))
         say(f"{model} reads {texts} texts cut, they are too long for it; see {where}")
     return _exit_code(len(outcome.failures), shown(join(store.uri, QUARANTINE)))
+
+
+def plan_job(config: PrecomputeConfig) -> int:
+    """Say what a precompute would take on this cluster; nothing is written."""
+    from dafm_ray.datasets.registry import load_dataset
+    from dafm_ray.tiles.plan import plan
+
+    print("\n".join(plan(config, load_dataset(config.dataset)).lines()))
+    return DONE
 
 
 def retrieve_job(config: RetrieveConfig) -> int:

@@ -13,7 +13,7 @@ import yaml
 from dafm_ray.config import parse_config, to_yaml
 from dafm_ray.errors import ConfigError, DafmError
 from dafm_ray.progress import followed, status_line
-from dafm_ray.session import available_cpus, available_gpus
+from dafm_ray.session import available_cpus, available_gpus, cpu_resources
 from dafm_ray.tiles.storage import Storage, open_storage
 from dafm_ray.uris import shown
 
@@ -121,7 +121,11 @@ def run_workers(
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": float(cpus_per_worker), "GPU": float(use_gpu)},
+            resources_per_worker={
+                "CPU": float(cpus_per_worker),
+                "GPU": float(use_gpu),
+                **({} if use_gpu else cpu_resources()),
+            },
         ),
         run_config=RunConfig(
             name="checkpoints",

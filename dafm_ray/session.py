@@ -10,6 +10,10 @@ from dafm_ray.errors import DafmError, MachineError
 Row = dict[str, Any]
 """A row of a Ray Data pipeline."""
 
+CPU_RESOURCE = "DAFM_CPU_RESOURCE"
+"""Environment variable that names a custom resource of the nodes for work without a GPU: decoding,
+scoring, training of fusions and trials. It keeps them off machines that are paid for their GPU."""
+
 _OBJECT_STORE_BYTES = 2_000_000_000
 
 
@@ -76,6 +80,25 @@ def available_gpus() -> float:
     import ray
 
     return float(ray.cluster_resources().get("GPU", 0))
+
+
+def cpu_resources() -> dict[str, float]:
+    """What work without a GPU asks for beside CPUs; see `CPU_RESOURCE`.
+
+    Nodes of a cluster that grows from nothing may not be there yet; that is said, and waited for.
+    """
+    import logging
+
+    import ray
+
+    name = os.environ.get(CPU_RESOURCE)
+    if not name:
+        return {}
+    if name not in ray.cluster_resources():
+        logging.getLogger(__name__).warning(
+            "no node offers the resource %r (%s) yet; waiting for one", name, CPU_RESOURCE
+        )
+    return {name: 0.001}
 
 
 def quiet_data() -> None:

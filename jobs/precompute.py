@@ -3,7 +3,7 @@
 import sys
 
 from dafm_ray.config import PrecomputeConfig
-from dafm_ray.job import precompute_job, run_job
+from dafm_ray.job import plan_job, precompute_job, run_job
 
 if __name__ == "__main__":
-    sys.exit(run_job(PrecomputeConfig, precompute_job))
+    sys.exit(run_job(PrecomputeConfig, precompute_job, plan_job))

@@ -16,7 +16,7 @@ from dafm_ray.config import DatasetConfig
 from dafm_ray.datasets.base import Dataset, Gallery, Query
 from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.tiles.manifest import Grid, ModelEntry
-from dafm_ray.tiles.store import TileStore, score_key
+from dafm_ray.tiles.store import ROLES, TileStore, feature_key, score_key, spans
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
@@ -158,3 +158,39 @@ def icon_store(root: Path) -> TileStore:
     """Random scores over the real icons of the val split."""
     dataset = load_dataset(DatasetConfig("icons", "val"))
     return score_store(root, dataset, grid=Grid(64, 512, 2048), signal=3.0)
+
+
+def feature_store(
+    root: Path | str,
+    dataset: Dataset,
+    features: dict[str, tuple[np.ndarray, np.ndarray]],
+    grid: Grid,
+    shortlist: int = 0,
+) -> TileStore:
+    """A store without scores: model -> float32 features (Q, D) and (N, D)."""
+    entries = {name: ModelEntry("zeroshot:sum@random", name, 1, "fp32") for name in features}
+    spec = {"name": dataset.name, "split": dataset.split, "root": ""}
+    store = TileStore.create(str(root), dataset, spec, entries, grid, "float32", shortlist)
+    for name, each in features.items():
+        for role, values in zip(ROLES, (each[1], each[0]), strict=True):
+            for block, rows in enumerate(spans(len(values), grid.encode_block)):
+                store.write(feature_key(name, role, block), values[rows.start : rows.stop])
+    return store
+
+
+def search_features(
+    dataset: Dataset, models: int, width: int = 32, signal: float = 0.5, seed: int = 0
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Unit vectors, those of each query drawn towards its target; some candidates are twins."""
+    rng = np.random.default_rng(seed)
+    found = {}
+    for m in range(models):
+        gallery_ND = rng.standard_normal((len(dataset.gallery), width)).astype(np.float32)
+        gallery_ND[1::7] = gallery_ND[0]
+        queries_QD = rng.standard_normal((len(dataset.queries), width)).astype(np.float32)
+        for q, query in enumerate(dataset.queries):
+            queries_QD[q] += signal * gallery_ND[dataset.gallery.position(query.targets[0])]
+        for values in (queries_QD, gallery_ND):
+            values /= np.linalg.norm(values, axis=1, keepdims=True)
+        found[f"m{m}"] = queries_QD, gallery_ND
+    return found

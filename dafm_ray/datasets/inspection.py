@@ -11,7 +11,15 @@ from PIL import Image
 from dafm_ray.datasets.base import ImageSource
 from dafm_ray.datasets.images import ImageError, StoredImages, decode, oddities
 from dafm_ray.datasets.shards import ParquetImages, RowGroup
-from dafm_ray.session import Row, available_cpus, ensure_ray, explained, finished, quiet_data
+from dafm_ray.session import (
+    Row,
+    available_cpus,
+    cpu_resources,
+    ensure_ray,
+    explained,
+    finished,
+    quiet_data,
+)
 
 CHUNKS = (64, 1024)
 """Images of one task, at least and at most: enough to pay for the task, few enough for all CPUs."""
@@ -56,7 +64,7 @@ def inspect_images(source: ImageSource, locators: Sequence[str]) -> Iterator[lis
     quiet_data()
     rows = [{"task": pickle.dumps(task)} for task in tasks]
     stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        inspect_task, fn_kwargs={"source": source}, num_cpus=1
+        inspect_task, fn_kwargs={"source": source}, num_cpus=1, resources=cpu_resources()
     )
     for row in map(finished, stream.iter_rows()):
         yield pickle.loads(row["found"])

@@ -25,6 +25,7 @@ from dafm_ray.evaluation.metrics import Ints
 from dafm_ray.files import replacing
 from dafm_ray.fusion.bank import Bank, bank_of_others, banked_convex, own_bank
 from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.candidates import moments_of
 from dafm_ray.fusion.folds import NOBODY, bank_folds
 from dafm_ray.fusion.inputs import Channels, Inputs
 from dafm_ray.fusion.learned import Learned, OutOfFold, mean_network
@@ -238,6 +239,7 @@ class Artefact:
             )
         bank = self._bank(store, trained_Q, bank_source) if about.bank_t else None
         if about.references:
+            store.refuse_shortlist("A fusion that sees the similarity of reference and candidate")
             References(store, about.references).refuse_absent()
         inputs = Inputs(store, about.channels, bank, about.sees_reference)
         by_fold: dict[int, tuple[LightFusion, ...]] = {NOBODY: self.new_networks}
@@ -254,9 +256,10 @@ class Artefact:
         titles = " + ".join(trained.title for trained in self.about.stores)
         parts: dict[int, Fusion] = {}
         banked: dict[int, Fusion] = {}
+        moments = moments_of(store)
         for static in self.about.convex:
             in_order = {name: static.weights[name] for name in store.models}
-            convex = Convex(in_order, titles)
+            convex = Convex(in_order, titles, moments=moments)
             parts[static.held_out] = convex
             if bank is not None:
                 banked[static.held_out] = banked_convex(convex, bank, static.strength)

@@ -113,9 +113,11 @@ def own_bank(store: TileStore, fold_of_Q: Ints, t: float, profiles: bool = False
         profiles: also collect the profiles of the candidates.
 
     Raises:
-        ConfigError: t is not above 0, or the folds are not those of the store's queries.
+        ConfigError: t is not above 0, the folds are not those of the store's queries, or the store
+            keeps shortlists.
         DataError: z-scores so large that e^(t z) overflows.
     """
+    store.refuse_shortlist("A query bank (`+bank`; in a fusion set bank_t: 0 and profiles: false)")
     if not 0 < t < math.inf:
         raise ConfigError("the t of a query bank must be a number above 0")
     if len(fold_of_Q) != store.manifest.queries_size:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dafm_ray.evaluation.metrics import Ints, Scores, columns_of, rank_targets
+from dafm_ray.evaluation.metrics import Ints, Scores, rank_targets
 from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.candidates import columns_in, moments_of
 from dafm_ray.fusion.normalise import zscore
 from dafm_ray.fusion.rank import scores_of
 from dafm_ray.fusion.static import static_fusion
@@ -64,12 +65,12 @@ def noisy_copies(store: TileStore, k: int, seed: int = 0) -> list[Noisy]:
         k: copies hit as many of a sample of queries at `k` as the models do on average.
         seed: of the sample.
     """
-    base = static_fusion("mean@zscore")
+    base = static_fusion("mean@zscore", moments=moments_of(store))
     labelled = [q for q, query in enumerate(store.queries) if query.targets]
-    size = max(1, min(SAMPLE, SAMPLE_SCORES // store.size("gallery")))
+    size = max(1, min(SAMPLE, SAMPLE_SCORES // store.width))
     rows_B = np.sort(np.random.default_rng(seed).permutation(labelled)[:size])
     scores_MBN = scores_of(store, rows_B)
-    targets_BT = columns_of([store.queries[q].targets for q in rows_B], store.positions)
+    targets_BT = columns_in(store, rows_B, [store.queries[q].targets for q in rows_B])
     fused_BN = zscore(base(scores_MBN, rows_B))
     copies = range(len(store.models))
     noise_MBN = np.stack(

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dafm_ray.errors import DataError
-from dafm_ray.evaluation.metrics import Floats, Ints, Scores, columns_of
+from dafm_ray.evaluation.metrics import Floats, Ints, Scores
 from dafm_ray.fusion.bank import Bank
+from dafm_ray.fusion.candidates import columns_in, moments_of
 from dafm_ray.fusion.folds import NOBODY
-from dafm_ray.fusion.normalise import zscore
+from dafm_ray.fusion.normalise import Moments, zscore
 from dafm_ray.fusion.rank import Chunk, masked_scores
 from dafm_ray.fusion.static import Convex
 from dafm_ray.tiles.store import TileStore
@@ -155,23 +156,24 @@ class _Labelled:
 
 def _labelled(store: TileStore) -> Iterator[_Labelled]:
     """All queries whose target was scored, a bounded number of scores at a time."""
+    moments = moments_of(store)
     for chunk in masked_scores(store):
-        part = _labelled_part(store, chunk)
+        part = _labelled_part(store, chunk, moments)
         if len(part.rows_B):
             yield part
 
 
-def _labelled_part(store: TileStore, chunk: Chunk) -> _Labelled:
+def _labelled_part(store: TileStore, chunk: Chunk, moments: Moments | None) -> _Labelled:
     absent_BN = np.asarray(np.isnan(chunk.scores_MBN).all(axis=0))
     queries = store.queries[chunk.rows.start : chunk.rows.stop]
-    targets_BT = columns_of([query.targets for query in queries], store.positions)
+    targets_BT = columns_in(store, chunk.rows, [query.targets for query in queries])
     rows_B1 = np.arange(len(queries))[:, None]
     targets_BT = np.where(absent_BN[rows_B1, targets_BT], -1, targets_BT)
     kept = np.flatnonzero((targets_BT >= 0).any(axis=1))
-    z_MBN = zscore(chunk.scores_MBN[:, kept])
+    rows_B = np.array(chunk.rows)[kept]
+    z_MBN = zscore(chunk.scores_MBN[:, kept], moments and moments.of(rows_B))
     missing_MBN = np.asarray(np.isnan(z_MBN))
     z_MBN[missing_MBN] = 0
-    rows_B = np.array(chunk.rows)[kept]
     return _Labelled(rows_B, z_MBN, missing_MBN, absent_BN[kept], targets_BT[kept])
 
 

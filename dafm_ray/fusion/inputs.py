@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dafm_ray.evaluation.metrics import Ints, Scores, columns_of
+from dafm_ray.evaluation.metrics import Ints, Scores
 from dafm_ray.fusion.bank import Bank
+from dafm_ray.fusion.candidates import columns_in, moments_of
 from dafm_ray.fusion.folds import NOBODY
-from dafm_ray.fusion.normalise import NORMALISATIONS, zscore
+from dafm_ray.fusion.normalise import NORMALISATIONS, Moments, zscore
 from dafm_ray.fusion.rank import CHUNK_SCORES, scores_of
 from dafm_ray.fusion.reference import SIMILARITY, References
 from dafm_ray.tiles.store import TileStore
@@ -113,7 +114,7 @@ class Inputs:
 
     def parts(self, rows: Ints) -> Iterator[Given]:
         """Queries of the store in the order asked for, a bounded number of scores at a time."""
-        step = max(1, CHUNK_SCORES // (len(self.channels.models) * self.store.size("gallery")))
+        step = max(1, CHUNK_SCORES // (len(self.channels.models) * self.store.width))
         for start in range(0, len(rows), step):
             yield self.read(rows[start : start + step])
 
@@ -136,7 +137,8 @@ class Inputs:
         if self.sees_reference:
             scores_MBN = scores_of(self.store, rows_B, masked=False)
             unseen_BN = np.asarray(np.isnan(scores_MBN).all(axis=0))
-        normalised_MBN = NORMALISATIONS[self.channels.normalisation](scores_MBN)
+        moments = self._moments and self._moments.of(rows_B)
+        normalised_MBN = NORMALISATIONS[self.channels.normalisation](scores_MBN, moments)
         shape_BN = absent_BN.shape
         scores_BNM = np.zeros((*shape_BN, len(self.channels.models)), np.float32)
         present_BM = np.zeros((len(rows_B), len(self.channels.models)), dtype=bool)
@@ -221,16 +223,18 @@ class Inputs:
         )
 
     @cached_property
+    def _moments(self) -> Moments | None:
+        return moments_of(self.store)
+
+    @cached_property
     def source_order(self) -> Tensor:
         """(N,) int64 position of each candidate in the annotation file."""
         return torch.tensor(self.store.source_order)
 
     def targets(self, rows_B: Ints) -> Tensor:
         """(B, T) int64 columns of the targets, -1 where a query has fewer."""
-        queries = [self.store.queries[q] for q in rows_B]
-        return torch.from_numpy(
-            columns_of([query.targets for query in queries], self.store.positions)
-        )
+        targets = [self.store.queries[q].targets for q in rows_B]
+        return torch.from_numpy(columns_in(self.store, rows_B, targets))
 
 
 def labelled_rows(stores: Sequence[TileStore]) -> Ints:

@@ -1,41 +1,83 @@
 """Normalisations of the scores of one query under one model.
 
-All take (..., N) scores, work along N, and leave NaN (not scored, or masked) alone.
+All take (..., N) scores, work along N, and leave NaN (not scored, or masked) alone. Where the
+scores are those of a few candidates, `moments` are those of all.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from dafm_ray.evaluation.metrics import Ints, Scores
 
-Normalise = Callable[[Scores], Scores]
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the scores of each query over the whole gallery, (..., 1) each.
+
+    Attributes:
+        mean: of the scores.
+        deviation: their standard deviation.
+        lowest: of the scores.
+        highest: of the scores.
+    """
+
+    mean: Scores
+    deviation: Scores
+    lowest: Scores
+    highest: Scores
+
+    def of(self, rows_B: Ints) -> "Moments | None":
+        """Those of some queries; None for queries of no store, whose scores are all at hand."""
+        if (rows_B < 0).any():
+            return None
+        return Moments(
+            self.mean[:, rows_B],
+            self.deviation[:, rows_B],
+            self.lowest[:, rows_B],
+            self.highest[:, rows_B],
+        )
 
 
-def zscore(scores: Scores) -> Scores:
+class Normalise(Protocol):
+    """What a normalisation is."""
+
+    def __call__(self, scores: Scores, moments: Moments | None = None) -> Scores:
+        """(..., N) scores, normalised along N."""
+        ...
+
+
+def zscore(scores: Scores, moments: Moments | None = None) -> Scores:
     """(x - mean) / standard deviation; 0 where all scores are equal."""
-    centred, deviation = _centre(scores)
+    centred, deviation = _centre(scores, moments)
     return _divide(centred, deviation)
 
 
-def minmax(scores: Scores) -> Scores:
+def minmax(scores: Scores, moments: Moments | None = None) -> Scores:
     """(x - min) / (max - min); 1 where all scores are equal, so that a lone hit does not vanish."""
     present = ~np.isnan(scores)
-    low = np.where(present, scores, np.inf).min(axis=-1, keepdims=True)
-    high = np.where(present, scores, -np.inf).max(axis=-1, keepdims=True)
+    if moments is None:
+        low = np.where(present, scores, np.inf).min(axis=-1, keepdims=True)
+        high = np.where(present, scores, -np.inf).max(axis=-1, keepdims=True)
+    else:
+        low, high = moments.lowest.astype(scores.dtype), moments.highest.astype(scores.dtype)
     scaled = _divide(scores - low, high - low)
     return np.where(present & (high == low), np.ones_like(scores), scaled)
 
 
-def dbsf(scores: Scores) -> Scores:
+def dbsf(scores: Scores, moments: Moments | None = None) -> Scores:
     """Distribution-based score fusion: three standard deviations around the mean to [0, 1]."""
-    centred, deviation = _centre(scores)
+    centred, deviation = _centre(scores, moments)
     clipped: Scores = np.clip(_divide(centred, 6 * deviation) + 0.5, 0, 1)
     return clipped
 
 
-def rank(scores: Scores) -> Scores:
-    """1 for the first candidate, falling by 1 / number of candidates; ties in stored order."""
+def rank(scores: Scores, moments: Moments | None = None) -> Scores:
+    """1 for the first candidate, falling by 1 / number of candidates; ties in stored order.
+
+    Among a few candidates it is the rank among these.
+    """
     return shares_of(ranks_of(scores))
 
 
@@ -81,8 +123,11 @@ def _divide(scores: Scores, scale: Scores) -> Scores:
     return divided
 
 
-def _centre(scores: Scores) -> tuple[Scores, Scores]:
+def _centre(scores: Scores, moments: Moments | None) -> tuple[Scores, Scores]:
     """Scores less their mean, and their standard deviation; the same for a query in any batch."""
+    if moments is not None:
+        centred = scores - moments.mean.astype(scores.dtype)
+        return centred, moments.deviation.astype(scores.dtype)
     missing = np.isnan(scores)
     count = np.maximum(scores.shape[-1] - missing.sum(axis=-1, keepdims=True), 1)
     centred = np.array(scores, order="C")
@@ -102,5 +147,5 @@ NORMALISATIONS: dict[str, Normalise] = {
     "minmax": minmax,
     "rank": rank,
     "dbsf": dbsf,
-    "none": lambda scores: scores,
+    "none": lambda scores, moments=None: scores,
 }

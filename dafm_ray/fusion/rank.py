@@ -9,7 +9,6 @@ from dafm_ray.evaluation.metrics import (
     Ints,
     Scores,
     TargetRanks,
-    columns_of,
     rank_targets,
     subset_ranks,
 )
@@ -17,6 +16,7 @@ from dafm_ray.evaluation.protocols import Protocol
 from dafm_ray.evaluation.summary import SystemRanks
 from dafm_ray.fusion.ablation import fused
 from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.candidates import columns_in
 from dafm_ray.fusion.kept import Kept
 from dafm_ray.fusion.static import Single
 from dafm_ray.progress import Progress
@@ -41,8 +41,7 @@ class Chunk:
 
 def masked_scores(store: TileStore) -> Iterator[Chunk]:
     """All queries in stored order, a bounded number of scores at a time."""
-    models, candidates = store.models, store.manifest.gallery_size
-    step = max(1, CHUNK_SCORES // (len(models) * candidates))
+    step = max(1, CHUNK_SCORES // (len(store.models) * store.width))
     for block, rows in enumerate(store.tile_rows):
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
@@ -60,12 +59,17 @@ def scores_of(store: TileStore, rows_B: Ints, masked: bool = True) -> Scores:
     Returns:
         (M, B, N) float32, NaN where a candidate is excluded or was not scored.
     """
-    scores_MBN = np.empty((len(store.models), len(rows_B), store.size("gallery")), np.float32)
     step = store.manifest.grid.tile_queries
+    parts = []
     for block in np.unique(rows_B // step):
         asked = np.flatnonzero(rows_B // step == block)
         rows = rows_B[asked]
-        scores_MBN[:, asked] = _masked(store, int(block), rows % step, rows.tolist(), masked)
+        parts.append((asked, _masked(store, int(block), rows % step, rows.tolist(), masked)))
+    # Of a shortlist blocks differ in width.
+    width = max((own_MBN.shape[-1] for _, own_MBN in parts), default=store.width)
+    scores_MBN = np.full((len(store.models), len(rows_B), width), np.nan, np.float32)
+    for asked, own_MBN in parts:
+        scores_MBN[:, asked, : own_MBN.shape[-1]] = own_MBN
     return scores_MBN
 
 
@@ -77,12 +81,13 @@ def _masked(
     masked: bool = True,
 ) -> Scores:
     """(M, B, N) float32 scores of some rows of a row of tiles, excluded candidates NaN."""
-    shape = (len(store.models), len(queries), store.size("gallery"))
-    scores_MBN = np.empty(shape, np.float32)
-    for model, scores_BN in zip(store.models, scores_MBN, strict=True):
-        scores_BN[:] = store.scores(model, block, within)
-    for row, q in enumerate(queries if masked else ()):
-        scores_MBN[:, row, [store.positions[id] for id in store.queries[q].excluded]] = np.nan
+    own = [store.scores(model, block, within) for model in store.models]
+    scores_MBN = np.empty((len(own), *own[0].shape), np.float32)
+    for scores_BN, read_BN in zip(scores_MBN, own, strict=True):
+        scores_BN[:] = read_BN
+    if masked and not store.manifest.shortlist:
+        for row, q in enumerate(queries):
+            scores_MBN[:, row, [store.positions[id] for id in store.queries[q].excluded]] = np.nan
     return scores_MBN
 
 
@@ -104,13 +109,16 @@ def rank_systems(
     """
     ranks: list[list[TargetRanks]] = [[] for _ in systems]
     subsets: list[list[TargetRanks]] = [[] for _ in systems]
-    grouped = bool(protocol.subset_recalls) and all(
-        set(query.group) & set(query.targets) for query in store.queries if query.targets
+    whole = not store.manifest.shortlist  # which may lack members of a group
+    grouped = (
+        whole
+        and bool(protocol.subset_recalls)
+        and all(set(query.group) & set(query.targets) for query in store.queries if query.targets)
     )
     for chunk in masked_scores(store):
         queries = store.queries[chunk.rows.start : chunk.rows.stop]
-        targets_QT = columns_of([query.targets for query in queries], store.positions)
-        groups_QG = columns_of([query.group for query in queries], store.positions)
+        targets_QT = columns_in(store, chunk.rows, [query.targets for query in queries])
+        groups_QG = columns_in(store, chunk.rows, [query.group for query in queries])
         for s, fused_BN in enumerate(fused(systems, chunk.scores_MBN, np.array(chunk.rows))):
             ranks[s].append(rank_targets(fused_BN, targets_QT))
             if grouped:

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from dafm_ray.errors import ConfigError
 from dafm_ray.files import replacing
 from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.candidates import positions_in
 from dafm_ray.fusion.rank import masked_scores, top_candidates
 from dafm_ray.progress import progress
 from dafm_ray.search.rankings import SCHEMA, ranking_rows
@@ -45,5 +46,6 @@ def write_rankings(store: TileStore, system: Fusion, top: int, file: Path) -> No
             fused_BN = system(chunk.scores_MBN, np.array(chunk.rows))
             first_BK = top_candidates(fused_BN, top)
             scores_BK = np.take_along_axis(fused_BN, first_BK, axis=1)
-            writer.write_batch(ranking_rows(queries, store.gallery_ids, first_BK, scores_BK))
+            positions_BK = positions_in(store, chunk.rows, first_BK)
+            writer.write_batch(ranking_rows(queries, store.gallery_ids, positions_BK, scores_BK))
             shown.advance(len(chunk.rows))

@@ -5,7 +5,7 @@ Borda count (Aslam and Montague, SIGIR 2001). A model that did not score a candi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
 
@@ -15,7 +15,7 @@ from dafm_ray.errors import ConfigError, unknown
 from dafm_ray.evaluation.metrics import Ints, Scores
 from dafm_ray.fusion.base import Fusion
 from dafm_ray.fusion.kept import Kept
-from dafm_ray.fusion.normalise import NORMALISATIONS, ranks_of, shares_of
+from dafm_ray.fusion.normalise import NORMALISATIONS, Moments, ranks_of, shares_of
 
 RRF_K = 60
 MNZ_DEPTH = 100
@@ -39,16 +39,22 @@ class Single:
 
 @dataclass(frozen=True)
 class Static:
-    """A fixed rule after a normalisation."""
+    """A fixed rule after a normalisation.
+
+    Attributes:
+        moments: of the store that is ranked, if it keeps shortlists.
+    """
 
     name: str
     normalisation: str
     combine: Callable[[Scores], Scores]
     kind: str = "static"
+    moments: Moments | None = field(default=None, compare=False)
 
     def __call__(self, scores_MBN: Scores, rows_B: Ints) -> Scores:
         """Normalise each model's scores per query, then combine over models."""
-        normalised = NORMALISATIONS[self.normalisation](scores_MBN)
+        moments = self.moments and self.moments.of(rows_B)
+        normalised = NORMALISATIONS[self.normalisation](scores_MBN, moments)
         scored_BN = ~np.logical_and.reduce(np.isnan(scores_MBN), axis=0)
         if 2 * np.count_nonzero(scored_BN) > scored_BN.size:
             return np.where(scored_BN, self.combine(normalised), np.nan)
@@ -65,6 +71,7 @@ class Convex:
         weights: model -> weight, in the store's order.
         searched_on: which queries the weights come from.
         normalisation: `none` where the scores are z-scores already.
+        moments: of the store that is ranked, if it keeps shortlists.
     """
 
     weights: dict[str, float]
@@ -72,10 +79,12 @@ class Convex:
     name: str = "convex@zscore"
     kind: str = "static"
     normalisation: str = "zscore"
+    moments: Moments | None = field(default=None, compare=False)
 
     def __call__(self, scores_MBN: Scores, rows_B: Ints) -> Scores:
         """sum_m w_m z_m; a missing score counts as the model's mean."""
-        normalised = NORMALISATIONS[self.normalisation](scores_MBN)
+        moments = self.moments and self.moments.of(rows_B)
+        normalised = NORMALISATIONS[self.normalisation](scores_MBN, moments)
         weights_M = np.array(list(self.weights.values()), dtype=scores_MBN.dtype)
         fused = np.tensordot(weights_M, np.nan_to_num(normalised), axes=1)
         return np.where(np.isnan(scores_MBN).all(axis=0), np.nan, fused)
@@ -136,12 +145,13 @@ _RULES: dict[str, tuple[Callable[[Scores], Scores], str]] = {
 """Rule -> function and the normalisation it has if none is named; "" for rules on ranks."""
 
 
-def static_fusion(name: str, k: float = RRF_K) -> Fusion:
+def static_fusion(name: str, k: float = RRF_K, moments: Moments | None = None) -> Fusion:
     """`RULE` or `RULE@NORMALISATION`, as `mean@zscore`, `combmnz@minmax`, `rrf`.
 
     Args:
         name: of the rule.
         k: of `rrf`.
+        moments: of the store that is ranked, if it keeps shortlists.
 
     Raises:
         ConfigError: no such rule or normalisation, or a rule on ranks with one.
@@ -157,4 +167,4 @@ def static_fusion(name: str, k: float = RRF_K) -> Fusion:
     chosen = normalisation if at else default
     if chosen not in NORMALISATIONS:
         raise ConfigError(f"{name!r}: {unknown('normalisation', chosen, NORMALISATIONS)}")
-    return Static(f"{rule}@{chosen}", chosen, combine)
+    return Static(f"{rule}@{chosen}", chosen, combine, moments=moments)

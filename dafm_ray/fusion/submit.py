@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from dafm_ray.errors import DataError
-from dafm_ray.evaluation.metrics import Ints, Scores, columns_of, group_scores
+from dafm_ray.evaluation.metrics import Ints, Scores, group_scores
 from dafm_ray.evaluation.submission import SubmissionCheck, check_content
 from dafm_ray.evaluation.submission_format import LENGTHS, SERVED, TEST_QUERIES, submission_text
 from dafm_ray.files import replacing
 from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.candidates import columns_in, positions_in
 from dafm_ray.fusion.rank import masked_scores, top_candidates
 from dafm_ray.progress import progress
 from dafm_ray.tiles.store import TileStore
@@ -70,6 +71,8 @@ def _refuse_others(store: TileStore, metrics: Sequence[str]) -> None:
             f"{store.uri} holds {manifest.title} under protocol {manifest.protocol}; the server "
             "ranks cirr under cirr"
         )
+    if "recall_subset" in metrics:
+        store.refuse_shortlist("A ranking within each query's set (recall_subset)")
     alone = [query.id for query in store.queries if not query.group]
     if "recall_subset" in metrics and alone:
         raise DataError(
@@ -84,9 +87,10 @@ def _ranked(store: TileStore, system: Fusion, metrics: Sequence[str]) -> dict[st
         for chunk in masked_scores(store):
             queries = store.queries[chunk.rows.start : chunk.rows.stop]
             fused_BN = system(chunk.scores_MBN, np.array(chunk.rows))
-            groups_BG = columns_of([query.group for query in queries], store.positions)
+            groups_BG = columns_in(store, chunk.rows, [query.group for query in queries])
             for metric, lists in ranked.items():
                 first_BK = _first(metric, fused_BN, groups_BG)
+                first_BK = positions_in(store, chunk.rows, first_BK)
                 for query, columns in zip(queries, first_BK.tolist(), strict=True):
                     names = [store.gallery_ids[n] for n in columns if n >= 0]
                     _refuse_few(system, metric, query.id, len(names))

@@ -10,6 +10,7 @@ from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.fusion.artefact import Artefact, is_artefact, load_artefact
 from dafm_ray.fusion.bank import SUFFIX, Bank, Banked, bank_of_others, banked_convex, own_bank
 from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.candidates import moments_of
 from dafm_ray.fusion.convex import search_convex, search_strengths
 from dafm_ray.fusion.folds import NOBODY, bank_folds
 from dafm_ray.fusion.rank import singles
@@ -113,12 +114,14 @@ class Maker:
         """A system and the strength of the bank it should have."""
         if name in store.models:
             return singles(store)[store.models.index(name)], STRENGTH
+        moments = moments_of(store)
         if self.tuned is not None and name == self.tuned[0].name:
-            return self.tuned
+            convex, strength = self.tuned
+            return replace(convex, moments=moments), strength
         if (Path(name).is_dir() or "/" in name) and not is_artefact(name):
             raise ConfigError(f"{shown(name)} is no folder of a trained fusion")
         try:
-            return static_fusion(name), STRENGTH
+            return static_fusion(name, moments=moments), STRENGTH
         except ConfigError as error:
             models = ", ".join(store.models)
             raise ConfigError(f"{error}; models of the store: {models}") from None
@@ -132,6 +135,8 @@ class Maker:
 def tuned_on(stores: Sequence[TileStore], bank_t: float = BANK_T) -> tuple[Convex, float]:
     """Convex weights searched on stores of other queries, and the strength of their bank."""
     convex = search_convex(*stores)
+    if any(store.manifest.shortlist for store in stores):
+        return convex, 0.0
     banks = [own_bank(store, bank_folds(store.queries, FOLDS, 0), bank_t) for store in stores]
     return convex, search_strengths(stores, banks, [convex], [NOBODY])[0]
 

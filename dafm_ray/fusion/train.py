@@ -127,6 +127,14 @@ def open_stores(config: FusionConfig) -> list[TileStore]:
                 f"under {stores[0].manifest.protocol}. One fusion needs the same of all"
             )
         References(store, config.references).refuse_absent()
+        for key, asked in (
+            ("references", config.references),
+            ("sees_reference", config.sees_reference),
+            ("network.order: file", config.network.order == "file"),
+            ("recipe.tau_unit: raw", config.recipe.tau_unit == "raw"),
+        ):
+            if asked:
+                store.refuse_shortlist(key)
     learned = {(s.manifest.gallery_digest, q.id) for s in stores for q in s.queries}
     for uri in config.validation_stores:
         other = TileStore(uri)

@@ -23,6 +23,7 @@ from dafm_ray.evaluation.summary import Summary, SystemRanks
 from dafm_ray.fusion.artefact import Static
 from dafm_ray.fusion.bank import Banked, banked_convex, own_bank
 from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.candidates import moments_of
 from dafm_ray.fusion.fit import Member, Share, fit, members_of
 from dafm_ray.fusion.folds import bank_folds, grouped_folds
 from dafm_ray.fusion.lightfusion import grown
@@ -394,5 +395,5 @@ def _plain(store: TileStore, name: str, weights: Mapping[str, float], k: float) 
         if not total:
             raise ConfigError("convex needs weights above 0")
         shares = {model: weights.get(model, 0.0) / total for model in store.models}
-        return Convex(shares, "a study")
-    return static_fusion(name, k)
+        return Convex(shares, "a study", moments=moments_of(store))
+    return static_fusion(name, k, moments_of(store))

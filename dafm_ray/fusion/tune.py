@@ -29,7 +29,13 @@ from dafm_ray.fusion.trial import (
 )
 from dafm_ray.progress import Progress, progress
 from dafm_ray.runs import CONFIG, refuse_other
-from dafm_ray.session import available_cpus, available_gpus, ensure_ray, one_thread
+from dafm_ray.session import (
+    available_cpus,
+    available_gpus,
+    cpu_resources,
+    ensure_ray,
+    one_thread,
+)
 from dafm_ray.tiles.lease import writing
 from dafm_ray.tiles.storage import Storage, open_storage
 from dafm_ray.tiles.store import TileStore
@@ -188,7 +194,10 @@ def _fit(study: StudyConfig, space: dict[str, Any], count: int, searcher: Any, s
     asha = ASHAScheduler(max_t=int(longest), grace_period=1, reduction_factor=3)
     with progress("trials", count, unit="trial") as shown:
         tuner = tune.Tuner(
-            tune.with_resources(_trainable(study), {"cpu": study.cpus, "gpu": study.gpus}),
+            tune.with_resources(
+                _trainable(study),
+                {"cpu": study.cpus, "gpu": study.gpus, **({} if study.gpus else cpu_resources())},
+            ),
             param_space=space,
             tune_config=tune.TuneConfig(
                 metric="score",

@@ -15,6 +15,7 @@ from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import DafmError
 from dafm_ray.evaluation.metrics import Ints
 from dafm_ray.fusion.base import Fusion
+from dafm_ray.fusion.candidates import positions_in
 from dafm_ray.fusion.rank import scores_of, top_candidates
 from dafm_ray.tiles.store import TileStore
 from dafm_ray.tiles.unpack import unpacked
@@ -150,7 +151,10 @@ def cases_of(
     if not len(rows_B):
         return found
     scores_MBN = scores_of(store, rows_B)
-    tops = {system.name: top_candidates(system(scores_MBN, rows_B), SHOWN) for system in systems}
+    tops = {
+        system.name: positions_in(store, rows_B, top_candidates(system(scores_MBN, rows_B), SHOWN))
+        for system in systems
+    }
     for b, q in enumerate(rows_B.tolist()):
         query = store.queries[q]
         rankings = tuple(

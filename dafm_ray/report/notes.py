@@ -1,11 +1,12 @@
 """The result in sentences: what a person reads first, and what a number stands on."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dafm_ray.evaluation.metrics import UNRANKED
 from dafm_ray.evaluation.protocols import HEADLINE
 from dafm_ray.evaluation.summary import Summary
+from dafm_ray.fusion.candidates import columns_in, positions_in
 from dafm_ray.fusion.static import Convex
 from dafm_ray.fusion.systems import Systems
 from dafm_ray.report.tables import Row, Table
@@ -33,6 +34,9 @@ def footing_notes(
             shares = ", ".join(f"{name} {weight:.2f}" for name, weight in system.weights.items())
             notes.append(f"Convex weights, searched on {system.searched_on}: {shares}.")
     notes.extend(dict.fromkeys(note for here in made for note in here.notes))
+    if any(store.manifest.shortlist for store in stores):
+        notes.extend(_shortlists(stores))
+        return notes
     for summary in summaries:
         unscored = int((summary.system.ranks.stored == UNRANKED).sum())
         if unscored:
@@ -41,6 +45,20 @@ def footing_notes(
                 "count as misses."
             )
     return notes
+
+
+def _shortlists(stores: Sequence[TileStore]) -> Iterator[str]:
+    for store in stores:
+        k = store.manifest.shortlist
+        if k:
+            rows = [q for q, query in enumerate(store.queries) if query.targets]
+            columns_QT = columns_in(store, rows, [store.queries[q].targets for q in rows])
+            listed = int((positions_in(store, rows, columns_QT) >= 0).any(axis=1).sum())
+            yield (
+                f"{store.manifest.title} keeps the first {k} candidates of each of "
+                f"{len(store.manifest.models)} models: {len(rows) - listed:,} of {len(rows):,} "
+                "targets are in no list and count as misses, and groups are not ranked."
+            )
 
 
 def _best(table: Table) -> list[str]:

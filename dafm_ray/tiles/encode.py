@@ -7,7 +7,7 @@ own block. A block's shape does not depend on the number of actors, so neither d
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ from dafm_ray.datasets.base import Dataset, ImageSource
 from dafm_ray.datasets.images import ImageError
 from dafm_ray.errors import ConfigError
 from dafm_ray.progress import Progress
-from dafm_ray.session import available_cpus, one_thread
+from dafm_ray.session import available_cpus, cpu_resources, one_thread
 from dafm_ray.tiles.store import ROLES, Failure, Role, TileStore, feature_key, spans
 from dafm_ray.tiles.transit import arrived, pack, staged
 
@@ -31,8 +31,18 @@ if TYPE_CHECKING:
 DECODE_CPUS = 0.5
 CPUS_A_DECODER = 4
 
+UNIT_BYTES = 128_000_000
+"""Pixels of one unit that travel; images beyond them are decoded once more where they are encoded,
+so that a block of large photographs neither fills the object store nor a worker's memory."""
+
 IN_FLIGHT = 4
 """Units at hand for an encoder. Ray Data submits every 0.1 s: with its default of 2 one waits."""
+
+
+class Usable(NamedTuple):
+    """An image that was found to be usable, and is decoded again where it is encoded."""
+
+    locator: str
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,8 @@ class Unit:
 
     Attributes:
         part: which of the stores it belongs to.
-        images: the distinct images of the block, decoded, or the reason why one is unusable.
-            Candidates have one each; queries share their references.
+        images: the distinct images of the block, decoded, or why one is unusable, or where one too
+            many to travel lies. Candidates have one each; queries share their references.
         image_index: which image each item uses.
         captions: of each query; empty for candidates.
         todo: models whose block is not finished.
@@ -56,7 +66,7 @@ class Unit:
     image_index: tuple[int, ...]
     captions: tuple[tuple[str, ...], ...]
     todo: tuple[str, ...]
-    images: tuple["Image.Image | str", ...] = field(default=(), repr=False)
+    images: tuple["Image.Image | str | Usable", ...] = field(default=(), repr=False)
 
 
 class Encoded(NamedTuple):
@@ -132,6 +142,7 @@ def encode(parts: Sequence[Part], pools: Sequence[ModelConfig], shown: Progress)
         fn_constructor_kwargs={"parts": [(store, dataset.source) for store, dataset in parts]},
         compute=ray.data.ActorPoolStrategy(size=max(1, int(cpus / CPUS_A_DECODER))),
         num_cpus=DECODE_CPUS,
+        resources=cpu_resources(),
         zero_copy_batch=True,
         **one_unit,
     )
@@ -139,7 +150,7 @@ def encode(parts: Sequence[Part], pools: Sequence[ModelConfig], shown: Progress)
         stream = stream.map_batches(
             Encoder,
             fn_constructor_kwargs={
-                "stores": [store for store, _ in parts],
+                "parts": [(store, dataset.source) for store, dataset in parts],
                 "pool": pool,
                 "last": pool is pools[-1],
             },
@@ -148,6 +159,7 @@ def encode(parts: Sequence[Part], pools: Sequence[ModelConfig], shown: Progress)
             ),
             num_cpus=share,
             num_gpus=float(pool.num_gpus) or None,
+            resources={} if pool.num_gpus else cpu_resources(),
             zero_copy_batch=True,
             **one_unit,
         )
@@ -184,7 +196,15 @@ class Decoder:
 
     def _decode(self, unit: Unit) -> Unit:
         store, source = self.parts[unit.part]
-        images = tuple(_open(source, locator) for locator in unit.locators)
+        images: list[Image.Image | str | Usable] = []
+        pixels = 0
+        for locator in unit.locators:
+            image = _open(source, locator)
+            if not isinstance(image, str):
+                pixels += 3 * image.width * image.height
+            images.append(
+                image if isinstance(image, str) or pixels <= UNIT_BYTES else Usable(locator)
+            )
         failures = [
             Failure(unit.role, id, reason)
             for id, index in zip(unit.ids, unit.image_index, strict=True)
@@ -192,7 +212,7 @@ class Decoder:
         ]
         if failures:
             store.quarantine(unit.role, unit.block, failures)
-        return replace(unit, images=images)
+        return replace(unit, images=tuple(images))
 
 
 def _open(source: ImageSource, locator: str) -> "Image.Image | str":
@@ -207,9 +227,11 @@ class Encoder:
     not fit are explained: an actor that dies while it starts takes its reason along.
     """
 
-    def __init__(self, stores: Sequence[TileStore], pool: ModelConfig, last: bool) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[TileStore, ImageSource]], pool: ModelConfig, last: bool
+    ) -> None:
         one_thread()
-        self.stores = stores
+        self.parts = parts
         self.pool = pool
         self.last = last
         self._forwards: dict[tuple[Precision, int], Forward] = {}
@@ -238,8 +260,12 @@ class Encoder:
 
     def _encode(self, unit: Unit) -> Unit | Encoded:
         if self.pool.name in unit.todo:
-            store = self.stores[unit.part]
-            features = self.forward(store)(unit.images, unit.image_index, unit.captions)
+            store, source = self.parts[unit.part]
+            images = [
+                partial(source.open, image.locator) if isinstance(image, Usable) else image
+                for image in unit.images
+            ]
+            features = self.forward(store)(images, unit.image_index, unit.captions)
             model = self.model
             texts = zip(unit.ids, unit.captions, strict=False)  # a gallery has none
             cut = [id for id, captions in texts if model.cuts(model.caption(captions))]

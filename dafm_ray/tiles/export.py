@@ -40,9 +40,11 @@ def export(store: TileStore, to: str) -> None:
     """Write all models of a store to a Parquet file.
 
     Raises:
+        ConfigError: the store keeps shortlists.
         DataError: the store is incomplete or damaged.
         MachineError: the file cannot be written.
     """
+    store.refuse_shortlist("An export")
     store.refuse_incomplete()
     schema = _schema(store)
     row_bytes = len(store.models) * store.size("gallery") * np.dtype(_type(store)).itemsize

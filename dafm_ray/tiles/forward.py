@@ -19,8 +19,8 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GPU_THREADS = 4
 """Preprocess the next batches while a GPU encodes; on a CPU the one thread is busy anyway."""
 
-Picture = Image.Image | str
-"""A decoded image, or why it is unusable."""
+Picture = Image.Image | str | Callable[[], Image.Image]
+"""A decoded image, why it is unusable, or what decodes it."""
 
 Map = Callable[[Callable[[Picture], Tensor], Iterable[Picture]], Iterable[Tensor]]
 
@@ -156,7 +156,9 @@ class Forward:
         return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype is not None)
 
     def _prepare(self, image: Picture) -> Tensor:
-        return self._blank if isinstance(image, str) else self.model.preprocess(image)
+        if isinstance(image, str):
+            return self._blank
+        return self.model.preprocess(image() if callable(image) else image)
 
     def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
         stacked_R3HW = torch.stack(tuple(tensors))

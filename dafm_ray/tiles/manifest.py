@@ -85,6 +85,7 @@ class Manifest:
         protocol: label every table prints.
         policy: what happens to a query's reference among the candidates.
         tables: file name -> checksum of `gallery.arrow` and `queries.arrow`.
+        shortlist: K of each model's first candidates of which a query keeps the union; 0 keeps all.
     """
 
     dataset: dict[str, Any]
@@ -98,6 +99,7 @@ class Manifest:
     grid: Grid
     tables: dict[str, str]
     models: dict[str, ModelEntry] = field(default_factory=dict)
+    shortlist: int = 0
     order: str = "blake2b-16(id), id"
     format: int = FORMAT
     versions: dict[str, str] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from dafm_ray.tiles.encode import Part, encode
 from dafm_ray.tiles.lease import writing
 from dafm_ray.tiles.manifest import Grid, ModelEntry
 from dafm_ray.tiles.preflight import settle
+from dafm_ray.tiles.shortlist import list_candidates
 from dafm_ray.tiles.similarity import score_tiles
 from dafm_ray.tiles.storage import Storage, open_storage
 from dafm_ray.tiles.store import ROLES, Failure, Role, TileStore
@@ -93,8 +94,9 @@ def precompute_together(
                 encode(opened, waiting, shown)
             scored = [done for part in tiles for done in part]
             with progress("similarity", len(scored), sum(scored), "tile", status) as shown:
-                for store in stores:
-                    score_tiles(store, names, shown, configs[0].scoring_gpus)
+                for store, part in zip(stores, configs, strict=True):
+                    score = list_candidates if part.shortlist else score_tiles
+                    score(store, names, shown, part.scoring_gpus)
         return [
             Outcome(store, blocks, _list_failures(store), _counted(store.cut_texts()))
             for store, blocks in zip(stores, missing, strict=True)
@@ -108,7 +110,9 @@ def _opened(config: PrecomputeConfig, dataset: Dataset, held: ExitStack) -> Part
     storage = open_storage(config.store)
     held.enter_context(writing(storage))
     spec = asdict(config.dataset)
-    store = TileStore.create(config.store, dataset, spec, models, grid, config.score_type)
+    store = TileStore.create(
+        config.store, dataset, spec, models, grid, config.score_type, config.shortlist
+    )
     storage.write("config.yaml", pa.py_buffer(to_yaml(config).encode()))
     if store.missing(models) or store.failures():
         dataset = unpack(store, dataset, _status_writer([storage]))

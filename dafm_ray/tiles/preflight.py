@@ -43,11 +43,13 @@ class Measured:
         batch: items of one forward pass.
         precision: `fp32`, `bf16` or `fp16`.
         num_gpus: of an actor; a measured share holds the memory its passes fill.
+        rate: items an actor encodes in a second; 0 if that was not measured.
     """
 
     batch: int
     precision: Precision
     num_gpus: float = 0.0
+    rate: float = 0.0
 
 
 def settle(
@@ -157,8 +159,9 @@ def measure(pool: ModelConfig, block: int, device: str) -> Measured:
             break
     batch = chosen(rates)
     if device == "cpu":
-        return Measured(batch, precision)
-    return Measured(batch, precision, _share(Forward(model, device, precision, batch), picture))
+        return Measured(batch, precision, rate=rates[batch])
+    share = _share(Forward(model, device, precision, batch), picture)
+    return Measured(batch, precision, share, rates[batch])
 
 
 def growing(limit: int) -> list[int]:

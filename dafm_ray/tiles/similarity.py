@@ -10,7 +10,7 @@ import numpy as np
 from dafm_ray.errors import DataError
 from dafm_ray.models.registry import resolve
 from dafm_ray.progress import Progress
-from dafm_ray.session import Row, explained, finished, one_thread
+from dafm_ray.session import Row, cpu_resources, explained, finished, one_thread
 from dafm_ray.tiles.store import TileStore, score_key
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def score_tiles(store: TileStore, models: Sequence[str], shown: Progress, gpus: 
         },
         num_cpus=1,
         num_gpus=gpus or None,
+        resources={} if gpus else cpu_resources(),
     )
     for _ in map(finished, stream.iter_rows()):
         shown.advance()

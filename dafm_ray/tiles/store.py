@@ -7,6 +7,8 @@ Layout below the root:
     features/MODEL/gallery/000012.DIGEST.arrow   one encode block
     features/MODEL/queries/000003.DIGEST.arrow
     scores/MODEL/00002-00000.DIGEST.arrow        one tile: query block - candidate block
+    columns/shortlist/00002.DIGEST.arrow         candidates of each query, where a shortlist is kept
+    moments/MODEL/00002.DIGEST.arrow             of its scores over the whole gallery
     banks/IDENTITY/sums.DIGEST.arrow             statistics of a query bank (fusion/bank.py)
     records/...DIGEST.json                       one per finished block, written after it
     quarantine/gallery-000012.json               images that could not be used, with reasons
@@ -93,6 +95,7 @@ class TileStore:
         models: dict[str, ModelEntry],
         grid: Grid,
         score_type: ScoreType,
+        shortlist: int = 0,
     ) -> "TileStore":
         """Create a store, or open one of the same data set and add models that are new to it.
 
@@ -105,10 +108,12 @@ class TileStore:
             models: short name -> id and weights digest.
             grid: block shapes of a new store.
             score_type: of a new store.
+            shortlist: see `Manifest`.
 
         Raises:
             ConfigError: a model name that is not a plain file name.
-            DataError: the store was made for another gallery, other queries or other weights.
+            DataError: the store was made for another gallery, other queries or other weights, or
+                keeps other candidates of a query.
         """
         for name in models:
             if not _MODEL_NAME.fullmatch(name):
@@ -117,6 +122,7 @@ class TileStore:
         if _exists(storage, "manifest.json"):
             store = cls(uri)
             store._check_same(dataset)
+            store._check_shortlist(shortlist, models)
             store._restore_tables(dataset)
             store._set_models(models)
             return store
@@ -136,6 +142,7 @@ class TileStore:
             grid=grid,
             tables={name: blocks.checksum(data) for name, data in tables.items()},
             models=models,
+            shortlist=shortlist,
             versions=library_versions(),
         )
         storage.write("manifest.json", manifest.to_bytes())
@@ -165,6 +172,20 @@ class TileStore:
                     f"({mine.gallery_size} images, {mine.queries_size} queries; now "
                     f"{len(dataset.gallery)} and {len(dataset.queries)}). Choose another folder"
                 )
+
+    def _check_shortlist(self, shortlist: int, models: Collection[str]) -> None:
+        kept = self.manifest.shortlist
+        if kept != shortlist:
+            held, asked = (
+                f"the first {k} candidates of each model" if k else "the scores of all candidates"
+                for k in (kept, shortlist)
+            )
+            raise DataError(f"{self.uri} keeps {held}, not {asked}; choose another folder")
+        if kept and set(models) != set(self.manifest.models):
+            raise DataError(
+                f"{self.uri} keeps candidates of {', '.join(sorted(self.manifest.models))}; other "
+                "models would find others. Choose another folder"
+            )
 
     def _restore_tables(self, dataset: Dataset) -> None:
         """Write damaged or lost tables again, where the data set gives the same bytes."""
@@ -273,8 +294,19 @@ class TileStore:
 
     def score_keys(self, model: str) -> list[str]:
         """Keys of all similarity tiles of a model, finished or not."""
-        rows, columns = self.tile_rows, self.tile_columns
-        return [score_key(model, q, n) for q in range(len(rows)) for n in range(len(columns))]
+        across = self._tiles_across
+        return [score_key(model, q, n) for q in range(len(self.tile_rows)) for n in across]
+
+    @property
+    def _tiles_across(self) -> range:
+        """Tiles that hold the scores of one query."""
+        return range(1 if self.manifest.shortlist else len(self.tile_columns))
+
+    @property
+    def width(self) -> int:
+        """Scores of a query under one model, at most."""
+        kept = self.manifest.shortlist * len(self.manifest.models)
+        return kept + 1 if kept else self.manifest.gallery_size
 
     @property
     def tile_rows(self) -> list[range]:
@@ -283,7 +315,7 @@ class TileStore:
 
     @property
     def tile_columns(self) -> list[range]:
-        """Candidate ranges of the tile grid."""
+        """Candidate ranges of the tile grid; a shortlist is searched in these."""
         return spans(self.manifest.gallery_size, self.manifest.grid.tile_candidates)
 
     @cached_property
@@ -298,7 +330,10 @@ class TileStore:
     def scores_digest(self) -> str:
         """Of the queries, the gallery and every finished tile of the models."""
         done = self._records
-        tiles = [f"{k} {done[k]}" for m in self.models for k in self.score_keys(m) if k in done]
+        keys = [key for model in self.models for key in self.score_keys(model)]
+        if self.manifest.shortlist:
+            keys += [columns_key(q) for q in range(len(self.tile_rows))]
+        tiles = [f"{key} {done[key]}" for key in keys if key in done]
         return digest([self.manifest.queries_digest, self.manifest.gallery_digest, *tiles])
 
     def _record_paths(self) -> list[str]:
@@ -353,14 +388,31 @@ class TileStore:
     def scores(self, model: str, query_block: int, rows: slice | Array = slice(None)) -> Array:
         """(B, N) scores of one row of tiles; a slice of tiles that span the gallery is no copy.
 
+        Of a shortlist (B, W): those of the candidates of `shortlist`.
+
         Args:
             model: short name.
             query_block: which row of tiles.
             rows: of the tiles; all by default.
         """
-        columns = range(len(self.tile_columns))
-        parts = [self.read(score_key(model, query_block, n))[rows] for n in columns]
+        parts = [self.read(score_key(model, query_block, n))[rows] for n in self._tiles_across]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    # Shortlists
+
+    def shortlist(self, query_block: int) -> Array:
+        """(B, W) int64 positions of the candidates that one row of tiles keeps of each query:
+        ascending, then -1. The last column holds no candidate.
+        """
+        return self.read(columns_key(query_block))
+
+    def moments(self, model: str) -> Array:
+        """(Q, 4) float64 mean, standard deviation, lowest and highest of each query's scores over
+        the whole gallery, where only a shortlist of them is kept.
+        """
+        return np.concatenate(
+            [self.read(moments_key(model, q)) for q in range(len(self.tile_rows))]
+        )
 
     # Query banks
 
@@ -427,15 +479,16 @@ class TileStore:
         touched = {
             n for n, tile in enumerate(tiles) if tile.start < rows.stop and rows.start < tile.stop
         }
+        listed = bool(self.manifest.shortlist)
         for path in self._record_paths():
             kind, model, *place = _parse_record(path)[0].split("/")
-            if kind == "banks":
+            if kind == "banks" or (kind != "features" and listed and role == "gallery"):
                 stale = True
             elif kind == "features":
                 stale = path.startswith(f"records/{feature_key(model, role, block)}.")
             else:
-                q, n = (int(number) for number in place[0].split("-"))
-                stale = (q if role == "queries" else n) in touched
+                q, _, n = place[0].partition("-")
+                stale = int(q if role == "queries" else n) in touched
             if stale:
                 self.storage.delete(path)
         # Last, so that a run stopped in between forgets the block again.
@@ -478,6 +531,18 @@ class TileStore:
             raise DataError(
                 f"{self.uri} lacks {len(missing)} tiles (first: {missing[0]}); "
                 "run `dafm precompute` (or `dafm tiles ingest`) to the end first"
+            )
+
+    def refuse_shortlist(self, what: str) -> None:
+        """ConfigError if the store does not hold the scores of all candidates.
+
+        Args:
+            what: needs them, as the beginning of a sentence.
+        """
+        if self.manifest.shortlist:
+            raise ConfigError(
+                f"{what} needs the scores of all candidates, and {self.uri} keeps a shortlist of "
+                "each query; use a store without `shortlist` (docs/scale.md)"
             )
 
     def verify(self, models: Collection[str] | None = None) -> Iterator[tuple[str, str]]:
@@ -554,6 +619,16 @@ def feature_key(model: str, role: Role, block: int) -> str:
 def score_key(model: str, query_block: int, candidate_block: int) -> str:
     """Key of one similarity tile."""
     return f"scores/{model}/{query_block:05d}-{candidate_block:05d}"
+
+
+def columns_key(query_block: int) -> str:
+    """Key of the candidates that a query block keeps."""
+    return f"columns/shortlist/{query_block:05d}"
+
+
+def moments_key(model: str, query_block: int) -> str:
+    """Key of the moments of a query block's scores over the whole gallery."""
+    return f"moments/{model}/{query_block:05d}"
 
 
 def bank_key(identity: str) -> str:

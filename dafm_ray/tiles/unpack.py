@@ -16,7 +16,7 @@ import pyarrow as pa
 from dafm_ray.datasets.base import Dataset
 from dafm_ray.datasets.shards import ParquetImages, RowGroup, TarImages
 from dafm_ray.progress import StatusWriter, progress
-from dafm_ray.session import Row, ensure_ray, explained, finished, quiet_data
+from dafm_ray.session import Row, cpu_resources, ensure_ray, explained, finished, quiet_data
 from dafm_ray.tiles.store import TileStore
 
 FOLDER = "images"
@@ -45,7 +45,10 @@ def unpack(store: TileStore, dataset: Dataset, status: StatusWriter | None = Non
     parts = source.row_groups()
     rows = [{"part": pickle.dumps(part)} for part in parts]
     stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        unpack_part, fn_kwargs={"source": source, "store": store}, num_cpus=1
+        unpack_part,
+        fn_kwargs={"source": source, "store": store},
+        num_cpus=1,
+        resources=cpu_resources(),
     )
     places: dict[str, str] = {}
     with progress("unpack", len(parts), unit="row group", write_status=status) as shown:

@@ -16,7 +16,12 @@ SHOWN = 5
 
 
 def audit_duplicates(store: TileStore) -> Audit:
-    """Candidates that no model tells apart, and queries that are asked twice."""
+    """Candidates that no model tells apart, and queries that are asked twice.
+
+    Raises:
+        ConfigError: the store keeps shortlists.
+    """
+    store.refuse_shortlist("The audit of duplicates")
     marks = Fingerprints(store.size("gallery"))
     with progress("duplicates", len(store.tile_rows) * len(store.models), unit="tile row") as shown:
         for model in store.models:

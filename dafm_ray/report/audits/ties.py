@@ -2,6 +2,7 @@
 
 from dafm_ray.evaluation.audit import ties
 from dafm_ray.evaluation.protocols import HEADLINE
+from dafm_ray.fusion.candidates import moments_of
 from dafm_ray.fusion.rank import singles
 from dafm_ray.fusion.static import static_fusion
 from dafm_ray.report.audits.base import Audit, K, counted_ranks, labelled
@@ -11,7 +12,7 @@ from dafm_ray.tiles.store import TileStore
 
 def audit_ties(store: TileStore) -> Audit:
     """How much the order of equal scores decides, for every model and the mean of z-scores."""
-    systems = [*singles(store), static_fusion("mean@zscore")]
+    systems = [*singles(store), static_fusion("mean@zscore", moments=moments_of(store))]
     rows, details = [], {}
     for system in counted_ranks(store, systems):
         found = ties(system.ranks, K)
