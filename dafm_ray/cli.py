@@ -36,6 +36,7 @@ from dafm_ray.job import (
     train_fusion_job,
     tune_fusion_job,
 )
+from dafm_ray.uris import is_uri, local_path, refuse_uri, shown
 
 if TYPE_CHECKING:
     from dafm_ray.fusion.base import Fusion
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = _add(commands, "demo", _demo, "the whole way on the icons, with a report")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    demo.add_argument("--out", type=_local, default=Path("runs/demo"), help="default: runs/demo")
     demo.add_argument(
         "--from-scratch", action="store_true", help="train the sub-models first (about an hour)"
     )
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         help="folder or URI of a store; several, as FashionIQ's categories, give one report",
     )
-    evaluate.add_argument("--out", required=True, help="folder of the results")
+    evaluate.add_argument("--out", required=True, help="folder or URI of the results")
     evaluate.add_argument(
         "--models",
         nargs="+",
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="static fusions, any system with +bank, folders of trained fusions; default: "
+        help="static fusions, any system with +bank, folders or URIs of trained fusions; default: "
         + " ".join(STATIC_FUSIONS),
     )
     _add_tuning_argument(evaluate)
@@ -133,17 +134,19 @@ def _parser() -> argparse.ArgumentParser:
     tune = _add(fuse, "tune", _fuse_tune, "a study on Ray Tune, with a report; resumes by itself")
     add_config_arguments(tune)
     onnx = _add(fuse, "export", _fuse_export, "a trained fusion as an ONNX graph")
-    onnx.add_argument("fusion", type=Path, help="folder of a trained fusion")
-    onnx.add_argument("--to", type=Path, metavar="FILE", help="default: fusion.onnx in that folder")
+    onnx.add_argument("fusion", help="folder or URI of a trained fusion")
+    onnx.add_argument(
+        "--to", type=_local, metavar="FILE", help="default: fusion.onnx in that folder"
+    )
 
     rank = _add(commands, "rank", _rank, "the first candidates of every query, as Parquet")
     _add_system_arguments(rank)
     rank.add_argument("--top", type=int, default=50, metavar="K", help="default: 50")
-    rank.add_argument("--out", required=True, type=Path, metavar="FILE", help="a Parquet file")
+    rank.add_argument("--out", required=True, type=_local, metavar="FILE", help="a Parquet file")
 
     search = _add(commands, "search", _search, "one query: an image and what shall differ")
     search.add_argument("store")
-    search.add_argument("--image", required=True, type=Path, metavar="FILE", help="the reference")
+    search.add_argument("--image", required=True, type=_local, metavar="FILE", help="the reference")
     search.add_argument("--text", required=True, nargs="+", help="what the wanted one differs in")
     search.add_argument(
         "--fusion", default="mean@zscore", metavar="NAME", help="as for `dafm rank`"
@@ -161,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bank_argument(search)
     search.add_argument(
         "--out",
-        type=Path,
+        type=_local,
         default=Path("search.html"),
         metavar="FILE",
         help="page with the pictures; default: search.html",
@@ -189,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     for each in (equal, twins, alone, short, seen):
         each.add_argument("store")
     for each in (order, equal, twins, alone, short, seen):
-        each.add_argument("--json", type=Path, metavar="FILE", help="all of it, for machines")
+        each.add_argument("--json", type=_local, metavar="FILE", help="all of it, for machines")
 
     data = _group(commands, "data", "data sets")
     check = _add(data, "check", _data_check, "what is wrong, or odd, about a data set")
@@ -199,21 +202,21 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--images", default="", metavar="SHARDS", help="tar or Parquet shards")
     check.add_argument("--split", default="", help="default: every split")
     check.add_argument("--category", default="", help="default: every category")
-    check.add_argument("--json", type=Path, metavar="FILE", help="all findings, for machines")
+    check.add_argument("--json", type=_local, metavar="FILE", help="all findings, for machines")
     make = _add(data, "make", _data_make, "the icons in the layout of another data set")
     make.add_argument("layout", help="cirr-like or fashioniq-like")
     make.add_argument("--from", dest="source", default="icons", help="icons, the only source")
-    make.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+    make.add_argument("--out", required=True, type=_local, metavar="DIR", help="a new folder")
 
     submission = _group(commands, "submission", "files for the CIRR test server")
     write = _add(submission, "write", _submission_write, "what a system ranks, as server files")
     _add_system_arguments(write)
     write.add_argument("--metric", choices=LENGTHS, help="one file alone")
     write.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="gets a file a metric, METRIC.json"
+        "--out", required=True, type=_local, metavar="DIR", help="gets a file a metric, METRIC.json"
     )
     files = _add(submission, "check", _submission_check, "what is wrong with server files")
-    files.add_argument("file", nargs="+", type=Path, help=".json or .json.gz")
+    files.add_argument("file", nargs="+", type=_local, help=".json or .json.gz")
     files.add_argument("--annotations", default="", metavar="DIR", help="of CIRR")
     files.add_argument("--split", default="", help="of the annotations; default: test1")
 
@@ -254,6 +257,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _local(text: str) -> Path:
+    """A path on this machine, for argparse; a URI would become a folder called `s3:`."""
+    if is_uri(text):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is a URI; name a local path")
+    return local_path(text)
+
+
 def _add(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     name: str,
@@ -273,8 +283,8 @@ def _add_system_arguments(parser: argparse.ArgumentParser) -> None:
         "--fusion",
         default="mean@zscore",
         metavar="NAME",
-        help="a static fusion, a sub-model, either with +bank, or the folder of a trained fusion; "
-        "default: mean@zscore",
+        help="a static fusion, a sub-model, either with +bank, or the folder or URI of a trained "
+        "fusion; default: mean@zscore",
     )
     _add_tuning_argument(ranks_by)
     _add_bank_argument(parser)
@@ -315,7 +325,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     evaluation = run_demo(arguments.out, arguments.from_scratch, say)
     print(to_markdown(evaluation.table))
     print("\n".join(evaluation.notes))
-    print(f"report: {evaluation.report.resolve()}")
+    print(f"report: {Path(evaluation.report).resolve()}")
     return DONE
 
 
@@ -377,7 +387,10 @@ def _fuse_export(arguments: argparse.Namespace) -> int:
     from dafm_ray.fusion.artefact import load_artefact
     from dafm_ray.fusion.onnx import export_onnx
 
-    file = arguments.to or arguments.fusion / "fusion.onnx"
+    file = arguments.to
+    if file is None:
+        refuse_uri("FUSION", arguments.fusion, "say with --to where the graph goes")
+        file = Path(arguments.fusion) / "fusion.onnx"
     export_onnx(load_artefact(arguments.fusion), file)
     print(file)
     return DONE
@@ -593,6 +606,7 @@ def _tiles_export(arguments: argparse.Namespace) -> int:
     from dafm_ray.tiles.export import export
     from dafm_ray.tiles.store import TileStore
 
+    refuse_uri("--to", arguments.to)
     export(TileStore(arguments.store), arguments.to)
     print(arguments.to)
     return DONE

@@ -40,7 +40,7 @@ class DatasetConfig:
         gallery: of FashionIQ: the whole split, or only the references and targets of its queries
             (the "VAL split", easier and not comparable).
         images: tar (webdataset) or Parquet shards that hold the images instead of plain files:
-            a file, a folder, a pattern as `shards/*.tar`, or a pyarrow filesystem URI of one.
+            a file, a folder, a pattern as `shards/*.tar`, or a URI of one.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID
@@ -88,7 +88,7 @@ class PrecomputeConfig:
     Attributes:
         dataset: what is searched.
         models: the sub-models, one actor pool each.
-        store: folder or pyarrow filesystem URI.
+        store: folder or URI.
         encode_block: images or queries decoded, encoded and committed together; fixed at the
             store's first run.
         tile_queries: rows of a tile; fixed at the store's first run.
@@ -158,9 +158,9 @@ class EvaluateConfig:
     Attributes:
         store: of the queries to report; several stores of one protocol, as the categories of
             FashionIQ, are reported together.
-        out: folder of the results.
-        fusions: static fusions, sub-models or static fusions with `+bank`, folders of trained
-            fusions.
+        out: folder or URI of the results.
+        fusions: static fusions, sub-models or static fusions with `+bank`, folders or URIs of
+            trained fusions.
         tune_on: store or stores of other queries on which convex weights are searched; empty
             leaves the convex row out, unless a trained fusion brings its own.
         bank: store of other queries over the same gallery, of which query banks are made; by
@@ -374,7 +374,7 @@ class FusionConfig:
     Attributes:
         store: whose queries are learned from; several, as the categories of FashionIQ, give one
             fusion for all.
-        out: folder of the artefact and of its report.
+        out: folder or URI of the artefact, its checkpoints and its report.
         protocol: `out-of-fold`: a network a fold that it does not see, which is what the report
             ranks it with. `train->val`: one network from all queries, reported on `validation`.
         validation: store or stores of other queries, which are reported on instead.
@@ -496,7 +496,7 @@ class StudyConfig:
             orders; `static` ranks with static fusions, which need no training.
         fusion: keys of a FusionConfig, without `out`: what every setting changes. Its `store` is
             learned and chosen on; a `validation` store is what the choice is reported on.
-        out: folder or pyarrow filesystem URI.
+        out: folder or URI.
         spaces: dotted keys of a FusionConfig (`static`: of a StaticSetting) and their values. Each
             space is searched for itself, which is how one thing at a time is varied. In `static`,
             `weights.*` stands for the weight of every model.

@@ -15,6 +15,7 @@ from dafm_ray.config import (
 )
 from dafm_ray.errors import DONE, DONE_WITH_FAILURES, DafmError
 from dafm_ray.finetune.config import FinetuneConfig, MineConfig
+from dafm_ray.uris import above, join, shown
 
 if TYPE_CHECKING:
     from dafm_ray.report.evaluate import Evaluation
@@ -91,12 +92,13 @@ def precompute_job(config: PrecomputeConfig) -> int:
     outcome = precompute(config)
     store = outcome.store
     print(
-        f"{store.uri}: {len(store.models)} models, {store.size('queries')} queries, "
+        f"{shown(store.uri)}: {len(store.models)} models, {store.size('queries')} queries, "
         f"{store.size('gallery')} images; {outcome.blocks} blocks computed now"
     )
     for model, texts in outcome.cut.items():
-        say(f"{model} reads {texts} texts cut, they are too long for it; see {store.uri}/cut")
-    return _exit_code(len(outcome.failures), f"{store.uri}/{QUARANTINE}")
+        where = shown(join(store.uri, "cut"))
+        say(f"{model} reads {texts} texts cut, they are too long for it; see {where}")
+    return _exit_code(len(outcome.failures), shown(join(store.uri, QUARANTINE)))
 
 
 def plan_job(config: PrecomputeConfig) -> int:
@@ -149,14 +151,14 @@ def train_fusion_job(config: FusionConfig) -> int:
     evaluation = evaluate(
         EvaluateConfig(
             store=reported,
-            out=str(out / "report"),
-            fusions=("mean@zscore", str(out)),
+            out=join(out, "report"),
+            fusions=("mean@zscore", out),
             cases=config.cases,
             seed=config.seed,
         )
     )
     record_metrics(out, {row.name: row.metrics for row in evaluation.table.rows})
-    print(f"fusion: {out}")
+    print(f"fusion: {shown(out)}")
     return _shown(evaluation)
 
 
@@ -176,14 +178,14 @@ def finetune_job(config: FinetuneConfig) -> int:
     from dafm_ray.finetune.trainer import UNFIT, finetune
 
     trained = finetune(config)
-    print(f"weights: {trained.weights}")
-    listed = trained.weights.parent / UNFIT
+    print(f"weights: {shown(str(trained.weights))}")
+    listed = shown(join(above(str(trained.weights)), UNFIT))
     cut = len(trained.unfit) - trained.left_out
     if cut:
         say(
             f"{cut} texts are longer than the model reads and were cut; they are listed in {listed}"
         )
-    return _exit_code(trained.left_out, str(listed))
+    return _exit_code(trained.left_out, listed)
 
 
 def negatives_job(config: MineConfig) -> int:
@@ -207,8 +209,9 @@ def _shown(evaluation: "Evaluation") -> int:
 
     print(to_markdown(evaluation.table))
     print("\n".join(evaluation.notes))
-    print(f"report: {evaluation.report}")
-    return _exit_code(evaluation.failures, str(evaluation.report))
+    report = shown(str(evaluation.report))
+    print(f"report: {report}")
+    return _exit_code(evaluation.failures, report)
 
 
 def _exit_code(failures: int, where: str) -> int:

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from tqdm import tqdm
+
+from dafm_ray.errors import MachineError
 
 StatusWriter = Callable[[bytes], None]
 _INTERVAL_S = 1.0
@@ -86,8 +87,8 @@ def progress(
 
 
 @contextmanager
-def followed(stage: str, total: int, status: Path, unit: str) -> Iterator[None]:
-    """Show the progress that another process writes to a `status.json`."""
+def followed(stage: str, total: int, read: Callable[[], bytes], unit: str) -> Iterator[None]:
+    """Show the progress that another process writes to a `status.json`, which `read` reads."""
     finished = threading.Event()
 
     def follow() -> None:
@@ -95,8 +96,8 @@ def followed(stage: str, total: int, status: Path, unit: str) -> Iterator[None]:
         with progress(stage, total, unit=unit) as shown:
             while True:
                 last = finished.wait(_INTERVAL_S)
-                with suppress(OSError, ValueError, KeyError):
-                    now = int(json.loads(status.read_text(encoding="utf-8"))["done"])
+                with suppress(OSError, ValueError, KeyError, MachineError):
+                    now = int(json.loads(read())["done"])
                     shown.advance(now - done)
                     done = now
                 if last:

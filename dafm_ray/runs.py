@@ -3,16 +3,19 @@
 import functools
 import os
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import yaml
 
 from dafm_ray.config import parse_config, to_yaml
-from dafm_ray.errors import ConfigError, DafmError, refusals
-from dafm_ray.progress import followed
+from dafm_ray.errors import ConfigError, DafmError
+from dafm_ray.progress import followed, status_line
 from dafm_ray.session import available_cpus, available_gpus, cpu_resources
+from dafm_ray.tiles.storage import Storage, open_storage
+from dafm_ray.uris import shown
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint
@@ -26,7 +29,7 @@ epoch waits for it."""
 _CLEANER_STOPS_S = 1.0
 
 
-def claim(out: Path, config: Any, machine: Collection[str]) -> None:
+def claim(out: Storage, config: Any, machine: Collection[str]) -> None:
     """Make a run folder; one of another configuration is refused, one of the same goes on.
 
     Args:
@@ -34,12 +37,9 @@ def claim(out: Path, config: Any, machine: Collection[str]) -> None:
         config: of the job; written there as `config.yaml`.
         machine: keys that may change between two starts of one run.
     """
-    written = out / CONFIG
-    if written.is_file():
-        refuse_other(written.read_bytes(), config, machine, str(out))
-    with refusals(out):
-        out.mkdir(parents=True, exist_ok=True)
-        written.write_text(to_yaml(config), encoding="utf-8")
+    with suppress(FileNotFoundError, NotADirectoryError):
+        refuse_other(out.read(CONFIG).to_pybytes(), config, machine, shown(out.uri))
+    out.write(CONFIG, pa.py_buffer(to_yaml(config).encode()))
 
 
 def refuse_other(written: bytes, config: Any, machine: Collection[str], where: str) -> None:
@@ -78,7 +78,7 @@ def refuse_larger(workers: int, cpus_per_worker: int, use_gpu: bool) -> None:
 def run_workers(
     loop: Callable[[dict[str, Any]], None],
     values: dict[str, Any],
-    out: Path,
+    out: Storage,
     epochs: int,
     workers: int,
     cpus_per_worker: int,
@@ -90,7 +90,7 @@ def run_workers(
     Args:
         loop: what each worker runs; it reports a checkpoint and writes `status.json` every epoch.
         values: its argument.
-        out: folder of the run.
+        out: of the run, for checkpoints and `status.json`.
         epochs: of the progress bar.
         workers: how many.
         cpus_per_worker: CPUs of each.
@@ -114,6 +114,7 @@ def run_workers(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     _end_at_once()
+    filesystem, path = out.location
     trainer = TorchTrainer(
         loop,
         train_loop_config=values,
@@ -128,19 +129,25 @@ def run_workers(
         ),
         run_config=RunConfig(
             name="checkpoints",
-            storage_path=str(out),
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=3),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
     )
     try:
-        with followed(stage, epochs, out / STATUS, "epoch"):
+        with followed(stage, epochs, lambda: out.read(STATUS).to_pybytes(), "epoch"):
             result = trainer.fit()
     except TrainingFailedError as error:
         raise _cause(error) from None
     assert result.checkpoint is not None
     return result.checkpoint
+
+
+def write_status(out: str, stage: str, done: int, total: int) -> None:
+    """Write a run's `status.json`, from one of its workers."""
+    open_storage(out).write(STATUS, pa.py_buffer(status_line(stage, done, total)))
 
 
 def _end_at_once() -> None:

@@ -1,17 +1,26 @@
 """Fixtures every test may use: Ray, reference material, small data."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a loopback-only Ray of the tests' own
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["DAFM_CACHE"] = tempfile.mkdtemp(prefix="dafm-cache-")  # of Ray's workers, too
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import settings
 
+if TYPE_CHECKING:
+    from tests.object_store import ObjectStore
+
+atexit.register(shutil.rmtree, os.environ["DAFM_CACHE"], ignore_errors=True)
 settings.register_profile("no timing", deadline=None)
 settings.load_profile("no timing")
 torch.set_num_threads(1)  # spinning threads on a busy machine cost up to 10 x
@@ -26,6 +35,8 @@ LONGEST = (
     "finetune/test_trainer.py",
     "faults/test_bad_input.py",
     "tiles/test_unpack.py",
+    "report/test_results_on_s3.py",
+    "tiles/test_object_store.py",
     "test_cli.py",
 )
 """Files that start Ray's workers again and again, the longest first."""
@@ -73,18 +84,22 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A folder on a real S3-protocol server."""
-    import boto3
-    from moto.server import ThreadedMotoServer
+def object_store() -> Iterator["ObjectStore"]:
+    """A real S3-protocol server that can be told to fail."""
+    from tests.object_store import ObjectStore
 
+    server = ObjectStore()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(
+    object_store: "ObjectStore", monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> str:
+    """A folder on a real S3-protocol server; credentials come from the environment."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="stores")
-    yield f"s3://stores/{request.node.name}?endpoint_override={host}:{port}&scheme=http"
-    server.stop()
+    options = f"endpoint_override={object_store.address}&scheme=http"
+    return f"s3://stores/{request.node.name}?{options}"

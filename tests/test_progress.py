@@ -17,7 +17,7 @@ def test_status_counts_what_was_there_before(capsys):
 
 def test_another_process_is_followed(tmp_path):
     status = tmp_path / "status.json"
-    with followed("train", 5, status, "epoch"):
+    with followed("train", 5, status.read_bytes, "epoch"):
         status.write_bytes(b"half a fi")
         time.sleep(1.2)
         status.write_bytes(status_line("train", 3, 5))

@@ -11,6 +11,7 @@ from dafm_ray.datasets.folder import read_folder
 from dafm_ray.datasets.images import Files
 from dafm_ray.datasets.shards import Shards, open_shards, stored_in
 from dafm_ray.errors import ConfigError, DataError, unknown
+from dafm_ray.uris import refuse_uri
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,12 @@ def read_dataset(config: DatasetConfig, shards: Shards | None = None) -> Draft:
         given = getattr(config, key.name) != key.default
         if key.name != "name" and given and key.name not in entry.keys:
             raise ConfigError(f"dataset.{key.name} says nothing about {config.name}; leave it out")
+    for place in ("root", "annotations"):
+        refuse_uri(
+            f"dataset.{place}",
+            getattr(config, place),
+            "images behind a URI lie in shards (dataset.images), annotations in a local folder",
+        )
     if not config.images:
         return entry.read(config)
     source, places = shards or open_shards(config.images)

@@ -2,7 +2,7 @@
 
 A tar is read in place: one scan of its headers, then every image by its offset. A Parquet file can
 only be read in its own order, so precompute first unpacks it into tars (`tiles.unpack`).
-Shards lie on this machine or on any pyarrow filesystem.
+Shards lie on this machine or behind a URI of pyarrow's or fsspec's.
 """
 
 import functools
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +24,8 @@ from pyarrow import fs
 from dafm_ray.datasets.base import Draft, ImageSource, digest, refuse_duplicates
 from dafm_ray.datasets.images import SUFFIXES, ImageError, decode
 from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.remote import failure, impatient, open_filesystem, retried
+from dafm_ray.uris import is_uri, local_path, shown
 
 ID, IMAGE = "id", "image"
 """Columns of a Parquet shard. `image` holds bytes, or a struct with `bytes` as Hugging Face
@@ -69,10 +71,21 @@ class ShardedImages(ABC):
 class TarImages(ShardedImages):
     """Images in uncompressed tar files; a locator is `shard:offset:size`."""
 
+    @functools.cached_property
+    def _impatient(self) -> fs.FileSystem:
+        return impatient(self.filesystem)
+
     def _read(self, shard: int, first: int, second: int) -> bytes:
+        def read() -> bytes:
+            with self._impatient.open_input_file(self.shards[shard]) as file:
+                found: bytes = file.read_at(second, first)
+            return found
+
         try:
-            with self.filesystem.open_input_file(self.shards[shard]) as file:
-                data: bytes = file.read_at(second, first)
+            if isinstance(self.filesystem, fs.LocalFileSystem):
+                data = read()
+            else:  # a server that is busy must not put sound images into quarantine
+                data = retried(read, "read", self.shards[shard])
         except OSError as error:
             raise ImageError(f"{self.shards[shard]} cannot be read: {error}") from None
         if len(data) < second:
@@ -130,8 +143,8 @@ def open_shards(where: str) -> Shards:
     """Open the shards a path names.
 
     Args:
-        where: a file, a folder, a pattern in the last part of a path, or a pyarrow filesystem URI
-            of one of these; all tar or all Parquet.
+        where: a file, a folder, a pattern in the last part of a path, or a URI of one of these; all
+            tar or all Parquet.
 
     Raises:
         ConfigError: the URI cannot be opened, or no shard is there.
@@ -170,13 +183,10 @@ def stored_in(draft: Draft, source: ImageSource, places: Mapping[str, str]) -> D
 
 
 def _find(where: str) -> tuple[fs.FileSystem, list[str]]:
-    if "://" in where:
-        try:
-            filesystem, path = fs.FileSystem.from_uri(where)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ConfigError(f"cannot open {where}: {error}") from None
+    if is_uri(where):
+        filesystem, path = open_filesystem(where)
     else:
-        filesystem, path = fs.LocalFileSystem(), str(Path(where).absolute())
+        filesystem, path = fs.LocalFileSystem(), str(local_path(where).absolute())
     folder, _, pattern = path.rpartition("/")
     try:
         info = filesystem.get_file_info(path)
@@ -190,7 +200,8 @@ def _find(where: str) -> tuple[fs.FileSystem, list[str]]:
         selector = fs.FileSelector(folder, allow_not_found=True, recursive=below)
         listed = filesystem.get_file_info(selector)
     except OSError as error:
-        raise ConfigError(f"cannot list {where}: {error}") from None
+        unlisted = ConfigError(f"cannot list {shown(where)}: {error}")
+        raise failure(error, where, unlisted) from None
     paths = sorted(
         entry.path
         for entry in listed
@@ -214,7 +225,8 @@ def _scan_tar(filesystem: fs.FileSystem, path: str) -> list[tuple[str, str]]:
                     found.append((name, f"{member.offset_data}:{member.size}"))
                 tar.members = []  # type: ignore[attr-defined]  # a kilobyte an image
     except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path} cannot be read as an uncompressed tar: {error}") from None
+        unsound = DataError(f"{path} cannot be read as an uncompressed tar: {error}")
+        raise failure(error, path, unsound) from None
     return found
 
 
@@ -226,7 +238,7 @@ def _scan_parquet(filesystem: fs.FileSystem, path: str) -> list[tuple[str, str]]
         try:
             column = file.read_row_group(number, columns=[ID]).column(ID)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} is damaged: {error}") from None
+            raise failure(error, path, DataError(f"{path} is damaged: {error}")) from None
         if column.null_count:
             raise DataError(f"{path} has rows without {ID!r}")
         ids = column.to_pylist()
@@ -238,14 +250,14 @@ def _batches(file: pq.ParquetFile, path: str, row_group: int) -> Iterator[pa.Rec
     try:
         yield from file.iter_batches(_ROWS, row_groups=[row_group], columns=[ID, IMAGE])
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {error}") from None
+        raise failure(error, path, DataError(f"{path} is damaged: {error}")) from None
 
 
 def _parquet(filesystem: fs.FileSystem, path: str) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(filesystem.open_input_file(path), buffer_size=_BUFFER_BYTES)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a Parquet file: {error}") from None
+        raise failure(error, path, DataError(f"{path} is not a Parquet file: {error}")) from None
     kinds = {field.name: field.type for field in file.schema_arrow}
     image = kinds.get(IMAGE)
     if image is not None and pa.types.is_struct(image):

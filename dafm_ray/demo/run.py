@@ -96,7 +96,7 @@ def run_demo(out: Path, from_scratch: bool, say: Callable[[str], None]) -> Evalu
         EvaluateConfig(
             store=str(stores / "test"),
             out=str(stores / "report"),
-            fusions=(*STATIC_FUSIONS, str(fusion)),
+            fusions=(*STATIC_FUSIONS, fusion),
         )
     )
 

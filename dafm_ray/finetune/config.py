@@ -189,7 +189,7 @@ class FinetuneConfig:
         validation: queries whose R@10 decides when to stop and which epoch is kept; its mean over
             several data sets.
         model: `family:variant@weights` to start from; weights `scratch` starts from `scratch`.
-        out: folder of checkpoints and of the result, `weights.safetensors`.
+        out: folder or URI of checkpoints and of the result, `weights.safetensors`.
         scratch: sizes of a model that is trained from nothing, as its family reads them.
         parts: prefixes of the parameters that learn; the rest stays frozen.
         preference: learn from preferences; see `PreferenceConfig`.

@@ -21,6 +21,7 @@ from dafm_ray.progress import progress
 from dafm_ray.search.encode import encode_queries, open_model, write_quarantine
 from dafm_ray.search.gallery import identity_of, open_index
 from dafm_ray.search.index import Floats, Index, Unusable
+from dafm_ray.uris import refuse_uri
 
 NEGATIVES, COUNTS = "negatives.parquet", "negatives.json"
 
@@ -46,10 +47,13 @@ def mine_negatives(config: MineConfig) -> Mining:
     `quarantine.csv` to `config.out`.
 
     Raises:
-        ConfigError: the window ends behind the gallery, or the scores are no inner products.
+        ConfigError: `out` or `index` is a URI, the window ends behind the gallery, or the scores
+            are no inner products.
         DataError: no query has a target that can be used, or the kept index is damaged.
         MachineError: no such device, or the folder cannot be written.
     """
+    refuse_uri("out", config.out)
+    refuse_uri("index", config.index)
     dataset = load_dataset(config.dataset)
     labelled = [query for query in dataset.queries if query.targets]
     out, mining = Path(config.out), config.negatives

@@ -20,7 +20,7 @@ from dafm_ray.config import parse_config
 from dafm_ray.datasets.base import label_of
 from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import ConfigError, DataError
-from dafm_ray.files import write_csv
+from dafm_ray.files import write_csv, write_text
 from dafm_ray.finetune.config import FinetuneConfig
 from dafm_ray.finetune.contrast import InBatch, loss_weights
 from dafm_ray.finetune.dpo import Preference
@@ -32,11 +32,12 @@ from dafm_ray.finetune.validation import validation_recall
 from dafm_ray.models.base import FrozenModel
 from dafm_ray.models.checkpoints import TRAINED_ON, trained_on
 from dafm_ray.models.registry import resolve
-from dafm_ray.progress import status_line
-from dafm_ray.runs import STATUS, claim, refuse_larger, run_workers
+from dafm_ray.runs import claim, refuse_larger, run_workers, write_status
 from dafm_ray.session import ensure_ray
+from dafm_ray.tiles.storage import open_storage, results
 
 SELECTION = "R@10"
+WEIGHTS = "weights.safetensors"
 UNFIT = "unfit.csv"
 """What training could not use as it is, beside the weights."""
 
@@ -246,11 +247,11 @@ class Trained:
     """A finished training.
 
     Attributes:
-        weights: file of the best epoch's.
+        weights: path or URI of the best epoch's.
         unfit: what could not be used as it is.
     """
 
-    weights: Path
+    weights: Path | str
     unfit: tuple[Unfit, ...]
 
     @property
@@ -272,13 +273,13 @@ def finetune(config: FinetuneConfig) -> Trained:
     # Relative paths of the configuration stay relative to where the job was started.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     start = build(config)
-    out = Path(config.out).resolve()
+    out = open_storage(config.out)
     ensure_ray()
     refuse_larger(config.workers, config.cpus_per_worker, config.use_gpu)
     claim(out, config, _MACHINE)
     checkpoint = run_workers(
         _worker,
-        asdict(replace(config, out=str(out))),
+        asdict(replace(config, out=out.uri)),
         out,
         config.epochs,
         config.workers,
@@ -289,17 +290,18 @@ def finetune(config: FinetuneConfig) -> Trained:
     labels = [label_of(of.name, of.split, of.category, of.root) for of in config.trained_on]
     vision = str(config.scratch.get("vision", ""))
     seen = [*trained_on(config.model.partition("@")[2]), *trained_on(vision)]
-    if config.scratch or config.inversion:  # no file holds the model before its training
-        save_weights(start, out / "start.safetensors", learned_from=seen)
-    with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / "state.pt", weights_only=True)
-        history = json.loads((Path(folder) / "history.json").read_text())
-    start.module.load_state_dict(state["best"], strict=False)
-    unfit = tuple(Unfit(*one) for one in state["unfit"])
-    save_weights(start, out / "weights.safetensors", learned_from=[*seen, *labels])
-    (out / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
-    write_csv(out / UNFIT, ("item", "what", "reason"), [astuple(one) for one in unfit])
-    return Trained(out / "weights.safetensors", unfit)
+    with results(out.uri, WEIGHTS) as root:
+        if config.scratch or config.inversion:  # no file holds the model before its training
+            save_weights(start, root / "start.safetensors", learned_from=seen)
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder) / "state.pt", weights_only=True)
+            history = json.loads((Path(folder) / "history.json").read_text())
+        start.module.load_state_dict(state["best"], strict=False)
+        unfit = tuple(Unfit(*one) for one in state["unfit"])
+        save_weights(start, root / WEIGHTS, learned_from=[*seen, *labels])
+        write_text(root / "history.json", json.dumps(history, indent=1) + "\n")
+        write_csv(root / UNFIT, ("item", "what", "reason"), [astuple(one) for one in unfit])
+    return Trained(out.place(WEIGHTS), unfit)
 
 
 def save_weights(
@@ -353,8 +355,7 @@ def _worker(values: dict[str, Any]) -> None:
                 torch.save(state, Path(folder) / "state.pt")
                 (Path(folder) / "history.json").write_text(json.dumps(history))
                 saved = ray.train.Checkpoint.from_directory(folder)
-                line = status_line("train", len(history), config.epochs)
-                (Path(config.out) / STATUS).write_bytes(line)
+                write_status(config.out, "train", len(history), config.epochs)
             ray.train.report(metrics, checkpoint=saved)
 
     train(config, model, prepare, report, state, context.get_world_rank())

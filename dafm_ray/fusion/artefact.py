@@ -1,4 +1,4 @@
-"""A trained fusion as a folder that ranks other stores.
+"""A trained fusion as a folder, or a prefix of an object store, that ranks other stores.
 
 fusion.safetensors   weights of every network
 config.json          models in order, channels, protocol, folds, convex weights, metrics
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from dafm_ray.config import NetworkConfig, parse_config
 from dafm_ray.errors import ConfigError, DataError, refusals
@@ -33,7 +33,9 @@ from dafm_ray.fusion.lightfusion import LightFusion, Shape
 from dafm_ray.fusion.reference import References
 from dafm_ray.fusion.static import Convex
 from dafm_ray.tiles.manifest import ModelEntry
+from dafm_ray.tiles.storage import open_storage, results
 from dafm_ray.tiles.store import TileStore
+from dafm_ray.uris import join, shown
 
 FORMAT = 1
 WEIGHTS, CONFIG, FOLDS, TRACE = (
@@ -42,6 +44,8 @@ WEIGHTS, CONFIG, FOLDS, TRACE = (
     "folds.parquet",
     "temperature.csv",
 )
+WHOLE = CONFIG
+"""It is written last: a folder with one is whole."""
 
 
 @dataclass(frozen=True)
@@ -372,36 +376,55 @@ def write_description(folder: Path, about: Description) -> None:
         file.write_text(json.dumps(asdict(about), indent=1) + "\n", encoding="utf-8")
 
 
-def record_metrics(folder: Path, metrics: dict[str, dict[str, float]]) -> None:
+def record_metrics(where: str, metrics: dict[str, dict[str, float]]) -> None:
     """Write into `config.json` what was measured at the end of training."""
-    write_description(folder, replace(load_artefact(folder).about, metrics=metrics))
+    with results(where, WHOLE) as folder:
+        write_description(folder, replace(load_artefact(where).about, metrics=metrics))
 
 
 def is_artefact(name: str) -> bool:
-    """Whether a name is the folder of a trained fusion."""
-    return (Path(name) / WEIGHTS).is_file() and (Path(name) / CONFIG).is_file()
+    """Whether a name is the folder or URI of a trained fusion."""
+    if "/" not in name and not Path(name).is_dir():
+        return False
+    storage = open_storage(name)
+    return storage.exists(WEIGHTS) and storage.exists(CONFIG)
+
+
+def read_trace(name: str) -> str | None:
+    """The `temperature.csv` of a trained fusion, if it has one."""
+    storage = open_storage(name)
+    return storage.read(TRACE).to_pybytes().decode() if storage.exists(TRACE) else None
 
 
 def load_artefact(folder: str | Path) -> Artefact:
     """Read a trained fusion.
 
+    Args:
+        folder: of it, or a URI.
+
     Raises:
         DataError: there is none, or it is damaged.
+        MachineError: a URI that cannot be read.
     """
-    root = Path(folder)
+    storage = open_storage(str(folder))
+    root = shown(storage.uri)
+    read: dict[str, pa.Buffer] = {}
     for name in (CONFIG, WEIGHTS, FOLDS):
-        if not (root / name).is_file():
-            raise DataError(f"{root} is no trained fusion: it has no {name}")
+        try:
+            read[name] = storage.read(name)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise DataError(f"{root} is no trained fusion: it has no {name}") from None
     try:
-        values = json.loads((root / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(root / WEIGHTS)
-        places = pq.read_table(root / FOLDS).to_pydict()
+        values = json.loads(read[CONFIG].to_pybytes())
+        tensors = load(read[WEIGHTS].to_pybytes())
+        places = pq.read_table(pa.BufferReader(read[FOLDS])).to_pydict()
     except (ValueError, OSError, SafetensorError) as error:
         raise DataError(f"{root} is no trained fusion, or it is damaged: {error}") from None
+    config = join(root, CONFIG)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise DataError(f"{root / CONFIG} has no format {FORMAT}, which this version reads")
+        raise DataError(f"{config} has no format {FORMAT}, which this version reads")
     try:
-        about = parse_config(Description, values, str(root / CONFIG))
+        about = parse_config(Description, values, config)
         networks = tuple(
             _network(about, n, seed, tensors) for n, (_, seed) in enumerate(about.members)
         )

@@ -16,6 +16,7 @@ from dafm_ray.fusion.folds import NOBODY, bank_folds
 from dafm_ray.fusion.rank import singles
 from dafm_ray.fusion.static import Convex, static_fusion
 from dafm_ray.tiles.store import TileStore
+from dafm_ray.uris import last_part, shown
 
 STRENGTH = 0.75
 """Of a bank that is asked for by name alone; what every fold of CIRR val chooses."""
@@ -81,8 +82,8 @@ class Maker:
 
     def _label(self, name: str) -> str:
         """The folder's name, or its whole path where two are called alike."""
-        alike = [other for other in self.artefacts if Path(other).name == Path(name).name]
-        return name if len(alike) > 1 else Path(name).name
+        alike = [other for other in self.artefacts if last_part(other) == last_part(name)]
+        return shown(name) if len(alike) > 1 else last_part(name)
 
     def _static(
         self, store: TileStore, source: TileStore | None, name: str, notes: list[str]
@@ -118,7 +119,7 @@ class Maker:
             convex, strength = self.tuned
             return replace(convex, moments=moments), strength
         if (Path(name).is_dir() or "/" in name) and not is_artefact(name):
-            raise ConfigError(f"{name} is no folder of a trained fusion")
+            raise ConfigError(f"{shown(name)} is no folder of a trained fusion")
         try:
             return static_fusion(name, moments=moments), STRENGTH
         except ConfigError as error:

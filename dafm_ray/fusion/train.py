@@ -19,6 +19,7 @@ from dafm_ray.config import FusionConfig, parse_config
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.evaluation.metrics import Ints
 from dafm_ray.fusion.artefact import (
+    WHOLE,
     Artefact,
     Description,
     Static,
@@ -36,10 +37,11 @@ from dafm_ray.fusion.rank import masked_scores
 from dafm_ray.fusion.reference import References
 from dafm_ray.fusion.stacking import has_seen
 from dafm_ray.fusion.temperature import in_score_units
-from dafm_ray.progress import status_line
-from dafm_ray.runs import STATUS, claim, refuse_larger, run_workers
+from dafm_ray.runs import claim, refuse_larger, run_workers, write_status
 from dafm_ray.session import ensure_ray
+from dafm_ray.tiles.storage import open_storage, results
 from dafm_ray.tiles.store import TileStore
+from dafm_ray.uris import shown
 
 _MACHINE = frozenset({"workers", "use_gpu", "out", "cases", "validation"})
 """Keys that may change between two starts of one run."""
@@ -60,8 +62,8 @@ class Plan:
     tau: float
 
 
-def train_fusion(config: FusionConfig) -> Path:
-    """Train on Ray Train, unless it is done; returns the folder of the artefact, `config.out`.
+def train_fusion(config: FusionConfig) -> str:
+    """Train on Ray Train, unless it is done; returns the path or URI of the artefact, `config.out`.
 
     Raises:
         ConfigError: keys that contradict each other, or tau cannot go on, see `Temperature`.
@@ -71,19 +73,19 @@ def train_fusion(config: FusionConfig) -> Path:
     # Relative paths of the configuration stay relative to where the job was started.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     stores = open_stores(config)
-    out = Path(config.out).resolve()
+    out = open_storage(config.out)
     ensure_ray()
     refuse_larger(config.workers, 1, config.use_gpu)
     claim(out, config, _MACHINE)
-    if is_artefact(str(out)):
-        if load_artefact(out).about.stores != _trained_on(stores):
+    if is_artefact(out.uri):
+        if load_artefact(out.uri).about.stores != _trained_on(stores):
             raise ConfigError(
-                f"{out} holds a fusion of other scores than {', '.join(config.stores)} hold now; "
-                "choose another `out`, or delete that folder"
+                f"{shown(out.uri)} holds a fusion of other scores than {', '.join(config.stores)} "
+                "hold now; choose another `out`, or delete that folder"
             )
-        return out
+        return out.uri
     plan = prepare(config, stores)
-    absolute = replace(config, out=str(out), store=tuple(store.uri for store in stores))
+    absolute = replace(config, out=out.uri, store=tuple(store.uri for store in stores))
     checkpoint = run_workers(
         _worker,
         {"config": asdict(absolute), "plan": asdict(plan)},
@@ -99,8 +101,9 @@ def train_fusion(config: FusionConfig) -> Path:
     members = build(config, plan)
     for member, state in zip(members, states, strict=True):
         member.finish(state)
-    artefact_of(config, stores, plan, members).save(out, traces_of(members))
-    return out
+    with results(out.uri, WHOLE) as root:
+        artefact_of(config, stores, plan, members).save(root, traces_of(members))
+    return out.uri
 
 
 def open_stores(config: FusionConfig) -> list[TileStore]:
@@ -323,8 +326,7 @@ def _worker(values: dict[str, Any]) -> None:
                 state = {"epoch": epoch, "members": [member.state() for member in members]}
                 torch.save(state, Path(folder) / "state.pt")
                 saved = ray.train.Checkpoint.from_directory(folder)
-                line = status_line("fuse", epoch, config.recipe.epochs)
-                (Path(config.out) / STATUS).write_bytes(line)
+                write_status(config.out, "fuse", epoch, config.recipe.epochs)
             ray.train.report({"epoch": epoch}, checkpoint=saved)
 
     if first_epoch == 0:

@@ -26,8 +26,8 @@ class ModelId:
     Attributes:
         family: a row of the registry.
         variant: what the family offers, as `sum` or `combiner`.
-        weights: a path, a `package://` address, several of them joined with `+`, an open_clip tag
-            `architecture/pretrained`, `random` (published size) or `random-tiny`.
+        weights: a path, a URI, a `package://` address, several of them joined with `+`, an
+            open_clip tag `architecture/pretrained`, `random` (published size) or `random-tiny`.
     """
 
     family: str

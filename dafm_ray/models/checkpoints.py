@@ -13,9 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dafm_ray.errors import DataError
+from dafm_ray.cache import local_copy, read_part
+from dafm_ray.errors import DafmError, DataError
 from dafm_ray.models.base import RANDOM
 from dafm_ray.models.open_clip_tags import is_tag, tag_digest
+from dafm_ray.uris import is_uri, last_part, local_path, shown
 
 Sizes = TypeVar("Sizes")
 
@@ -23,6 +25,9 @@ PACKAGE_SCHEME = "package://"
 """`package://some.package/file.safetensors`: weights that ship inside a Python package."""
 
 _NAMES_SHOWN = 5
+_LONGEST_HEADER = 100_000_000
+"""Bytes; what safetensors itself allows."""
+
 _MAGIC = (b"P", b"\x80")
 """First byte of what torch.save writes now (zip), and of any pickle, as it wrote before 1.6."""
 
@@ -94,11 +99,12 @@ def read_checkpoint(location: str) -> Checkpoint:
     is a vocabulary, a word a line.
 
     Args:
-        location: a path, a `package://` address, or several joined with `+`, as in
+        location: a path, a URI, a `package://` address, or several joined with `+`, as in
             `tuned_clip.pt+combiner.pt`.
 
     Raises:
         DataError: missing, unreadable, or a pickled object instead of tensors.
+        MachineError: a URI that cannot be read.
     """
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
@@ -113,7 +119,7 @@ def read_checkpoint(location: str) -> Checkpoint:
         else:
             read = _flatten(_read_pickle_free(path))
         tensors |= _without_wrapper(read)
-    return Checkpoint(tensors, metadata, location)
+    return Checkpoint(tensors, metadata, shown(location))
 
 
 def weights_digest(location: str) -> str:
@@ -141,13 +147,24 @@ def trained_on(location: str) -> list[str]:
     """
     found: list[str] = []
     for part in location.split("+"):
-        if part.endswith(".safetensors"):
+        if last_part(part).endswith(".safetensors"):
             try:
-                with safe_open(_local_path(part), framework="pt") as file:
-                    found += _as_json((file.metadata() or {}).get(TRAINED_ON, "[]"))
-            except (DataError, SafetensorError):
+                found += _as_json(_header(part).get(TRAINED_ON, "[]"))
+            except (DafmError, SafetensorError):
                 continue
     return list(dict.fromkeys(found))
+
+
+def _header(location: str) -> Mapping[str, str]:
+    """What a safetensors file says beside its tensors; of a URI no more than that is read."""
+    if is_uri(location) and not location.startswith(PACKAGE_SCHEME):
+        length = int.from_bytes(read_part(location, 0, 8), "little")
+        if length > _LONGEST_HEADER:
+            raise DataError(f"{shown(location)} is not a readable safetensors file")
+        header = _as_json(read_part(location, 8, length).decode(errors="replace"))
+        return header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    with safe_open(_local_path(location), framework="pt") as file:
+        return file.metadata() or {}
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -216,8 +233,13 @@ def _local_path(location: str) -> Path:
             path = Path(str(importlib.resources.files(package).joinpath(name)))
         except (ModuleNotFoundError, ValueError):
             raise DataError(f"{location}: there is no Python package {package!r}") from None
+    elif is_uri(location):
+        try:
+            return local_copy(location)
+        except FileNotFoundError:
+            raise DataError(f"there is no weights file {shown(location)}") from None
     else:
-        path = Path(location.removeprefix("file://"))
+        path = local_path(location)
     if not path.is_file():
         raise DataError(f"there is no weights file {location}")
     return path

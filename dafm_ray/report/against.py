@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ from dafm_ray.evaluation.significance import Paired, Resampling, compare
 from dafm_ray.evaluation.summary import Summary, SystemRanks
 from dafm_ray.report.findings import Cells, Section
 from dafm_ray.tiles.manifest import Manifest
+from dafm_ray.tiles.storage import open_storage
+from dafm_ray.uris import above, join, last_part, shown
 
 METRICS, RANKS = "metrics.json", "ranks.parquet"
 
@@ -35,7 +36,7 @@ class Run:
         ranks: system -> query id -> (rank, rank in the group); None where there is none.
     """
 
-    folder: Path
+    folder: str
     protocol: str
     policy: str
     galleries: list[str]
@@ -109,13 +110,19 @@ def read_run(path: str) -> Run:
     Raises:
         DataError: it is none, or it is damaged.
     """
-    folder = Path(path).parent if Path(path).name == METRICS else Path(path)
+    where = above(path) if last_part(path) == METRICS else path
+    storage, folder = open_storage(where), shown(where)
+    read: dict[str, pa.Buffer] = {}
     for name in (METRICS, RANKS):
-        if not (folder / name).is_file():
-            raise DataError(f"{path} is no evaluation: there is no {folder / name}")
+        try:
+            read[name] = storage.read(name)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise DataError(
+                f"{shown(path)} is no evaluation: there is no {join(folder, name)}"
+            ) from None
     try:
-        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-        columns = pq.read_table(folder / RANKS).to_pydict()
+        metrics = json.loads(read[METRICS].to_pybytes())
+        columns = pq.read_table(pa.BufferReader(read[RANKS])).to_pydict()
         within = columns.get("subset_rank", [None] * len(columns["rank"]))
         ranks: dict[str, dict[str, tuple[int | None, int | None]]] = {}
         places = (columns["system"], columns["query"], columns["rank"], within)
@@ -204,7 +211,7 @@ def compare_runs(
     for (mine, other, metric), paired in zip(asked, found, strict=True):
         compared.setdefault((mine, other), {})[metric] = paired
     pairs = [(*pair, metrics) for pair, metrics in compared.items()]
-    return Against(str(run.folder), pairs, list(compared).index((best, top)))
+    return Against(run.folder, pairs, list(compared).index((best, top)))
 
 
 def _ranks_of(

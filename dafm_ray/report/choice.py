@@ -1,6 +1,5 @@
 """What a study chooses, and what the choice is worth on queries that did not choose it."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -159,12 +158,10 @@ def searched_figures(studied: Studied) -> list[Figure]:
 
 def _temperatures(storage: Storage, named: dict[str, Trial]) -> list[Figure]:
     figures = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, trial in named.items():
-            trace = Path(folder) / f"{name}.csv"
-            trace.write_bytes(storage.read(f"{TRIALS}/{trial.name}/{FUSION}/{TRACE}").to_pybytes())
-            words = f"{name}: {spoken(trial)}, {trial.score:.2f} %: loss and temperature"
-            figures.append(temperature_figure(trace, f"temperature_{name}", words))
+    for name, trial in named.items():
+        trace = storage.read(f"{TRIALS}/{trial.name}/{FUSION}/{TRACE}").to_pybytes().decode()
+        words = f"{name}: {spoken(trial)}, {trial.score:.2f} %: loss and temperature"
+        figures.append(temperature_figure(trace, f"temperature_{name}", words))
     return figures
 
 

@@ -45,15 +45,19 @@ from dafm_ray.report.starts import Standings, compare_with_starts, refuse_unknow
 from dafm_ray.report.stores import refuse_unlike
 from dafm_ray.report.tables import Table, to_csv, to_latex, to_markdown
 from dafm_ray.tiles.manifest import Manifest
+from dafm_ray.tiles.storage import open_storage, results
 from dafm_ray.tiles.store import TileStore
+from dafm_ray.uris import join, shown
+
+PAGE = "report.html"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation: the table, what it says in words, and where its files lie."""
+    """A finished evaluation: the table, what it says in words, and the path or URI of its page."""
 
     table: Table
-    report: Path
+    report: Path | str
     failures: int
     notes: tuple[str, ...]
 
@@ -84,7 +88,7 @@ def evaluate(config: EvaluateConfig, opened: Sequence[TileStore] | None = None) 
     if not len(labelled):
         uris = ", ".join(store.uri for store in stores)
         raise DataError(f"{uris}: no query has a target, so there is nothing to count")
-    drawn = [read_figure(Path(study) / FIGURES / f"{ORDERS}.svg") for study in config.studies]
+    drawn = [read_figure(join(study, f"{FIGURES}/{ORDERS}.svg")) for study in config.studies]
     manifests = [store.manifest for store in stores]
     run = read_run(config.against) if config.against else None
     if run is not None:
@@ -133,18 +137,18 @@ def evaluate(config: EvaluateConfig, opened: Sequence[TileStore] | None = None) 
         "table.md": to_markdown(table),
         "table.csv": to_csv(table),
         "table.tex": to_latex(table),
-        "report.html": render(table, manifests, notes, footing, sections, figures, cases, failures),
+        PAGE: render(table, manifests, notes, footing, sections, figures, cases, failures),
         "config.yaml": to_yaml(config),
     }
-    out = Path(config.out)
-    with refusals(out):
+    with refusals(shown(config.out)), results(config.out, PAGE) as out:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (out / name).write_text(text, encoding="utf-8")
         write_figures(figures, out)
         write_sections(sections, out)
         pq.write_table(_ranks_table(queries, ranked.systems), out / RANKS)
-    return Evaluation(table, out / "report.html", len(failures), (*notes, *footing))
+    report = open_storage(config.out).place(PAGE)
+    return Evaluation(table, report, len(failures), (*notes, *footing))
 
 
 def _curves(table: Table, summaries: dict[str, Summary]) -> Figure:

@@ -15,7 +15,9 @@ import numpy as np
 
 from dafm_ray.errors import DataError
 from dafm_ray.evaluation.metrics import Ints
-from dafm_ray.fusion.artefact import TRACE, is_artefact
+from dafm_ray.fusion.artefact import is_artefact, read_trace
+from dafm_ray.tiles.storage import open_storage
+from dafm_ray.uris import above, last_part, shown
 
 FIGURES = "figures"
 """Folder of the drawings beside a report."""
@@ -59,17 +61,22 @@ def write_figures(figures: Sequence[Figure], folder: Path) -> None:
         (folder / FIGURES / f"{figure.name}.png").write_bytes(figure.png)
 
 
-def read_figure(file: Path) -> Figure:
-    """A drawing that `write_figures` wrote; its caption is the SVG's title.
+def read_figure(file: Path | str) -> Figure:
+    """A drawing that `write_figures` wrote, at a path or URI; its caption is the SVG's title.
 
     Raises:
         DataError: there is none.
     """
-    if not file.is_file():
-        raise DataError(f"there is no figure {file}; run `dafm fuse tune` with kind: orders there")
-    svg = file.read_bytes()
+    folder, name = above(str(file)), last_part(str(file))
+    try:
+        svg = open_storage(folder).read(name).to_pybytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(
+            f"there is no figure {shown(str(file))}; run `dafm fuse tune` with kind: orders there"
+        ) from None
     title = re.search(r"<dc:title>(.*?)</dc:title>", svg.decode(errors="replace"), re.DOTALL)
-    return Figure(file.stem, html.unescape(title[1]) if title else file.stem, svg)
+    stem = name.removesuffix(".svg")
+    return Figure(stem, html.unescape(title[1]) if title else stem, svg)
 
 
 @dataclass
@@ -104,22 +111,22 @@ def _drawing(name: str, caption: str, width: float, height: float) -> Iterator[_
 
 def temperature_figures(fusions: Sequence[str]) -> list[Figure]:
     """Loss and temperature, step by step, of every trained fusion among some names."""
-    named = [Path(name) for name in fusions if is_artefact(name)]
+    named = [name for name in fusions if is_artefact(name)]
+    traces = [(n, name, read_trace(name)) for n, name in enumerate(named)]
     return [
         temperature_figure(
-            path / TRACE,
+            trace,
             f"temperature_{n}" if n else "temperature",
-            f"{path.name}: loss and temperature of every network",
+            f"{last_part(name)}: loss and temperature of every network",
         )
-        for n, path in enumerate(named)
-        if (path / TRACE).is_file()
+        for n, name, trace in traces
+        if trace is not None
     ]
 
 
-def temperature_figure(trace: Path, name: str, caption: str) -> Figure:
+def temperature_figure(trace: str, name: str, caption: str) -> Figure:
     """Draw a `temperature.csv`: a line a network, the loss above, tau below."""
-    with trace.open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = list(csv.DictReader(io.StringIO(trace, newline="")))
     with _drawing(name, caption, 7, 4) as drawn:
         above, below = drawn.drawing.subplots(2, 1, sharex=True)
         for network in dict.fromkeys(row["network"] for row in rows):

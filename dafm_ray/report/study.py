@@ -1,7 +1,6 @@
 """A study as a page and tables: its trials, what was chosen, what its figures show."""
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from dafm_ray.report.findings import Findings, Section
 from dafm_ray.report.lattice import find_in_orders
 from dafm_ray.report.templates import rendered
 from dafm_ray.tiles.manifest import joint_title
-from dafm_ray.tiles.storage import LocalStorage, Storage, open_storage
+from dafm_ray.tiles.storage import Storage, open_storage, results
+from dafm_ray.uris import shown
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,8 @@ def report_study(study: StudyConfig) -> StudyReport:
         reasons = [trial.failure for trial in studied.trials] or ["no trial left a record"]
         raise DataError(f"{study.out}: no trial came to an end; the first: {reasons[0]}")
     storage = open_storage(study.out)
-    with refusals(storage.uri):
-        if isinstance(storage, LocalStorage):
-            return _written(studied, storage, storage.root)
-        with tempfile.TemporaryDirectory() as folder:
-            report = _written(studied, storage, Path(folder))
-            for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-                storage.write(str(file.relative_to(folder)), pa.py_buffer(file.read_bytes()))
-        return report
+    with refusals(shown(storage.uri)), results(storage.uri, "report.html") as root:
+        return _written(studied, storage, root)
 
 
 def _written(studied: Studied, storage: Storage, root: Path) -> StudyReport:

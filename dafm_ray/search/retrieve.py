@@ -19,6 +19,7 @@ from dafm_ray.search.index import Unusable
 from dafm_ray.search.latency import latency
 from dafm_ray.search.ranked import Ranked, first_candidates
 from dafm_ray.search.rankings import SCHEMA, ranking_rows
+from dafm_ray.uris import refuse_uri
 
 RANKINGS, METRICS, LATENCY = "rankings.parquet", "metrics.json", "latency.json"
 
@@ -48,10 +49,12 @@ def retrieve(config: RetrieveConfig) -> Retrieval:
     only what the first `top` decide is counted; the members of a query's group are all scored.
 
     Raises:
-        ConfigError: the model's scores are no inner products.
+        ConfigError: `out` or `index` is a URI, or the model's scores are no inner products.
         DataError: no image or no query can be used, or the kept index is damaged.
         MachineError: no such device, or the folder cannot be written.
     """
+    refuse_uri("out", config.out)
+    refuse_uri("index", config.index)
     dataset = load_dataset(config.dataset)
     out, cache = Path(config.out), Path(config.index)
     identity = identity_of(config.model)

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from dafm_ray.errors import MachineError, refusals
 from dafm_ray.tiles.storage import LocalStorage, Storage
+from dafm_ray.uris import shown
 
 LEASE = "lease.json"
 EXPIRY = 60.0
@@ -44,7 +45,7 @@ def _holder() -> dict[str, object]:
 
 def _taken(storage: Storage, holder: str) -> MachineError:
     return MachineError(
-        f"another run is writing {storage.uri} ({holder}); wait for it or stop it, "
+        f"another run is writing {shown(storage.uri)} ({holder}); wait for it or stop it, "
         "then start again: finished tiles are kept"
     )
 
@@ -85,7 +86,7 @@ def _renewed(storage: Storage) -> Iterator[None]:
 
     def renew() -> None:
         while not done.wait(EXPIRY / 4):
-            with suppress(OSError):
+            with suppress(OSError, MachineError):
                 found = _read(storage)
                 if found and found["token"] != token:
                     lost.set()

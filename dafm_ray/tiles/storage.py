@@ -1,18 +1,26 @@
-"""Where a store's bytes lie: a local folder, or any pyarrow filesystem URI.
+"""Where a store's or a run's bytes lie: a local folder, or a URI of pyarrow's or fsspec's.
 
 Both write a file whole or not at all. A local file is written under a temporary name, synced and
-renamed; an object store shows an object only when its upload is complete.
+renamed; an object store shows an object only when its upload is complete, so there is nothing to
+rename, and an upload that fails is done again from its start. docs/storage.md says more.
 """
 
 import os
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
 
-from dafm_ray.errors import ConfigError, DataError, refusals
+from dafm_ray.cache import open_cache
+from dafm_ray.errors import MachineError, refusals
+from dafm_ray.remote import OBJECT_STORES, Backoff, open_filesystem, retried
+from dafm_ray.uris import is_uri, join, local_path
+
+T = TypeVar("T")
 
 
 class Storage(Protocol):
@@ -22,7 +30,11 @@ class Storage(Protocol):
 
     @property
     def location(self) -> tuple[fs.FileSystem, str]:
-        """The pyarrow filesystem and the root's path on it."""
+        """A pyarrow filesystem, for others to use, and the root's path on it."""
+        ...
+
+    def place(self, path: str) -> Path | str:
+        """A file's own path or URI."""
         ...
 
     def write(self, path: str, data: pa.Buffer) -> None:
@@ -37,6 +49,24 @@ class Storage(Protocol):
         """
         ...
 
+    def read_fixed(self, path: str, is_sound: Callable[[pa.Buffer], bool]) -> pa.Buffer:
+        """Bytes of a file that never changes and is called by its digest, as `KEY.DIGEST.arrow`:
+        mapped from this machine's cache where the file is remote.
+
+        Args:
+            path: of the file.
+            is_sound: whether bytes have that digest. The file's own bytes may not; the caller says
+                so.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        ...
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file."""
+        ...
+
     def list(self, folder: str) -> list[str]:
         """Paths of all files below a folder, sorted; empty if there is no such folder."""
         ...
@@ -48,9 +78,28 @@ class Storage(Protocol):
 
 def open_storage(uri: str) -> Storage:
     """Storage at a path or URI, as `runs/icons`, `file:///data/store` or `s3://bucket/store`."""
-    if "://" not in uri or uri.startswith("file://"):
-        return LocalStorage(uri.removeprefix("file://"))
-    return RemoteStorage(uri)
+    return RemoteStorage(uri) if is_uri(uri) else LocalStorage(str(local_path(uri)))
+
+
+@contextmanager
+def results(out: str, last: str) -> Iterator[Path]:
+    """A local folder to write results to; those of a URI are uploaded when all are written.
+
+    Args:
+        out: path or URI.
+        last: the file that is uploaded after the others, so that what has it is whole.
+    """
+    if not is_uri(out):
+        yield local_path(out)
+        return
+    storage = open_storage(out)
+    with tempfile.TemporaryDirectory(prefix="dafm_ray-") as folder:
+        root = Path(folder)
+        yield root
+        files = (path for path in root.rglob("*") if path.is_file())
+        names = sorted(path.relative_to(root).as_posix() for path in files)
+        for name in sorted(names, key=lambda name: name == last):
+            storage.write(name, pa.py_buffer((root / name).read_bytes()))
 
 
 class LocalStorage:
@@ -64,6 +113,10 @@ class LocalStorage:
     def location(self) -> tuple[fs.FileSystem, str]:
         """The local filesystem and the folder."""
         return fs.LocalFileSystem(), self.uri
+
+    def place(self, path: str) -> Path:
+        """Its path."""
+        return self.root / path
 
     def write(self, path: str, data: pa.Buffer) -> None:
         """Write under a temporary name, sync, rename."""
@@ -90,6 +143,14 @@ class LocalStorage:
             return pa.py_buffer(b"")
         with pa.memory_map(str(target)) as mapped:
             return mapped.read_buffer()
+
+    def read_fixed(self, path: str, is_sound: Callable[[pa.Buffer], bool]) -> pa.Buffer:
+        """Map the file into memory."""
+        return self.read(path)
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file."""
+        return (self.root / path).is_file()
 
     def list(self, folder: str) -> list[str]:
         """Walk the folder; temporary files are left out."""
@@ -119,44 +180,95 @@ def _sync_folder(folder: Path) -> None:
 
 
 class RemoteStorage:
-    """Any filesystem that `pyarrow.fs` knows by URI: S3, GCS, Azure, HDFS."""
+    """Files behind a URI. What may pass is tried again; what may not is one clear error."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, backoff: Backoff | None = None) -> None:
+        """Open a URI.
+
+        Args:
+            uri: of a folder or prefix.
+            backoff: how often a request is tried, and when.
+
+        Raises:
+            ConfigError: see `open_filesystem`.
+        """
         self.uri = uri
-        try:
-            self.filesystem, self.base = fs.FileSystem.from_uri(uri)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ConfigError(f"cannot open the storage URI {uri}: {error}") from None
+        self.backoff = backoff
+        self.filesystem, self.base = open_filesystem(uri, tries=1)
 
     @property
     def location(self) -> tuple[fs.FileSystem, str]:
-        """The filesystem and the prefix."""
-        return self.filesystem, self.base
+        """The filesystem, which tries again by itself, and the prefix."""
+        return open_filesystem(self.uri)
+
+    def place(self, path: str) -> str:
+        """Its URI."""
+        return join(self.uri, path)
 
     def write(self, path: str, data: pa.Buffer) -> None:
         """Upload; the object shows when the upload is complete."""
-        with (
-            refusals(f"{self.uri}/{path}"),
-            self.filesystem.open_output_stream(f"{self.base}/{path}") as stream,
-        ):
-            stream.write(data)
+        try:
+            self._retried("write", path, lambda: self._put(f"{self.base}/{path}", data))
+        except FileNotFoundError as error:
+            raise MachineError(f"cannot write {self.place(path)}: {error}") from None
 
     def read(self, path: str) -> pa.Buffer:
         """Download the object."""
-        with self.filesystem.open_input_file(f"{self.base}/{path}") as file:
-            return file.read_buffer()
+        return self._retried("read", path, lambda: self._get(f"{self.base}/{path}"))
+
+    def read_fixed(self, path: str, is_sound: Callable[[pa.Buffer], bool]) -> pa.Buffer:
+        """Map the cache's copy, which is fetched where there is none."""
+        cache = open_cache()
+        if cache is None:
+            return self.read(path)
+        _, digest, kind = path.rsplit(".", 2)
+        return cache.read(f"{digest}.{kind}", lambda: self.read(path), is_sound)
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such an object."""
+        target = f"{self.base}/{path}"
+        found = self._retried("read", path, lambda: self.filesystem.get_file_info(target))
+        return bool(found.type == fs.FileType.File)
 
     def list(self, folder: str) -> list[str]:
         """List the objects below a prefix."""
         selector = fs.FileSelector(f"{self.base}/{folder}", recursive=True, allow_not_found=True)
         start = len(self.base) + 1
-        try:
-            infos = self.filesystem.get_file_info(selector)
-        except OSError as error:
-            raise DataError(f"cannot list {self.uri}/{folder}: {error}") from None
+        infos = self._retried("list", folder, lambda: self.filesystem.get_file_info(selector))
         return sorted(info.path[start:] for info in infos if info.type == fs.FileType.File)
 
     def delete(self, path: str) -> None:
         """Remove the object if it is there."""
         with suppress(FileNotFoundError):
-            self.filesystem.delete_file(f"{self.base}/{path}")
+            self._retried(
+                "delete", path, lambda: self.filesystem.delete_file(f"{self.base}/{path}")
+            )
+
+    def _retried(self, doing: str, path: str, action: Callable[[], T]) -> T:
+        return retried(action, doing, self.place(path), self.backoff)
+
+    def _put(self, target: str, data: pa.Buffer) -> None:
+        try:
+            self._put_whole(target, data)
+        except FileNotFoundError:
+            if self.filesystem.type_name in OBJECT_STORES:
+                raise
+            self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+            self._put_whole(target, data)
+
+    def _put_whole(self, target: str, data: pa.Buffer) -> None:
+        if isinstance(self.filesystem, fs.PyFileSystem):
+            # A stream of fsspec's would be completed by whatever ends it.
+            self.filesystem.handler.fs.pipe_file(target, bytes(memoryview(data)))
+            return
+        # No `with`: it would complete an object that could not be written.
+        stream = self.filesystem.open_output_stream(target)
+        stream.write(data)
+        stream.close()
+
+    def _get(self, target: str) -> pa.Buffer:
+        with self.filesystem.open_input_file(target) as file:
+            data, size = file.read_buffer(), file.size()
+        if data.size < size:
+            raise ConnectionError(f"{target} ended after {data.size} of {size} bytes")
+        return data

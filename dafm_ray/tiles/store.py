@@ -368,7 +368,7 @@ class TileStore:
             )
         path = f"{key}.{digest}.arrow"
         try:
-            data = self.storage.read(path)
+            data = self.storage.read_fixed(path, lambda data: blocks.checksum(data) == digest)
         except FileNotFoundError:
             raise DataError(f"{self.uri}: {path} is missing; {_MEND}") from None
         if path not in self._verified:

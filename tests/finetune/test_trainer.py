@@ -13,7 +13,9 @@ from dafm_ray.config import DatasetConfig
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.finetune.config import FinetuneConfig
 from dafm_ray.finetune.trainer import UNFIT, build, finetune, save_weights, train
+from dafm_ray.models.checkpoints import trained_on, weights_digest
 from dafm_ray.models.registry import load_model
+from dafm_ray.tiles.storage import open_storage
 from tests.samples import image_folder
 
 TOWERS = {
@@ -202,3 +204,21 @@ def test_a_killed_worker_costs_at_most_an_epoch(config, tmp_path):
     assert killed.is_set()
     history = json.loads((tmp_path / "out" / "history.json").read_text())
     assert [row["epoch"] for row in history] == list(range(1, 41))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.timeout(300)
+def test_a_training_on_s3_is_the_training_on_disk(config, object_store, tmp_path):
+    config = replace(config, epochs=2)
+    local = finetune(config)
+    uri = object_store.uri("finetuned")
+    trained = finetune(replace(config, out=uri))
+    written = open_storage(uri)
+    left = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert left <= set(written.list(""))
+    assert weights_digest(str(trained.weights)) == weights_digest(str(local.weights))
+    assert trained_on(str(trained.weights)) == trained_on(str(local.weights))
+    load_model(f"clip4cir:sum@{trained.weights}")
+    with pytest.raises(ConfigError, match="another configuration"):
+        finetune(replace(config, out=uri, epochs=3))

@@ -1,11 +1,19 @@
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from dafm_ray.errors import DataError
-from dafm_ray.models.checkpoints import load_strictly, read_checkpoint, weights_digest
+from dafm_ray.models.checkpoints import (
+    TRAINED_ON,
+    load_strictly,
+    read_checkpoint,
+    trained_on,
+    weights_digest,
+)
 from dafm_ray.models.registry import load_model
+from dafm_ray.tiles.storage import open_storage
 
 
 class Opens:
@@ -155,3 +163,23 @@ def test_a_vocabulary_of_another_model_is_refused(golden, tmp_path, words):
     file = golden / "sprc" / "tuned_clip_arithmetic.pt"
     with pytest.raises(DataError, match="the vocabulary has"):
         load_model(f"sprc:base@{file}+{tmp_path / 'vocab.txt'}")
+
+
+def test_weights_at_a_uri_are_those_on_disk(object_store, tmp_path, monkeypatch):
+    monkeypatch.setenv("DAFM_CACHE", str(tmp_path / "cache"))
+    tensors = {"CLIP.a": torch.rand(1000)}
+    file = tmp_path / "weights.safetensors"
+    save_file(tensors, file, {"n": "3", TRAINED_ON: '["icons train"]'})
+    uri = object_store.uri("weights.safetensors")
+    open_storage(object_store.uri("")).write("weights.safetensors", pa.py_buffer(file.read_bytes()))
+    assert trained_on(uri) == ["icons train"]
+    assert not (tmp_path / "cache").exists()  # the header alone was read
+    assert weights_digest(uri) == weights_digest(str(file))
+    fetched = object_store.count("GET")
+    checkpoint = read_checkpoint(f"{uri}+{uri}")
+    assert torch.equal(checkpoint.tensors["CLIP.a"], tensors["CLIP.a"])
+    assert checkpoint.metadata["n"] == 3
+    assert "testing" not in checkpoint.where
+    assert object_store.count("GET") == fetched
+    with pytest.raises(DataError, match=r"there is no weights file s3://stores/none.pt"):
+        read_checkpoint(object_store.uri("none.pt"))

@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pytest
+
+from dafm_ray.cli import main
+from dafm_ray.errors import ConfigError
+from dafm_ray.uris import above, is_uri, join, last_part, refuse_uri, shown
+
+S3 = "s3://key:secret@bucket/runs/a?region=eu-west-1"
+
+
+def test_what_is_a_uri():
+    assert is_uri("s3://bucket/x")
+    assert not any(map(is_uri, ("runs/x", "/runs/x", "file:///runs/x", "mean@zscore")))
+
+
+def test_places_keep_the_options_of_their_uri():
+    assert join(S3, "report") == "s3://key:secret@bucket/runs/a/report?region=eu-west-1"
+    assert above(S3) == "s3://key:secret@bucket/runs?region=eu-west-1"
+    assert last_part(S3) == "a"
+    assert join("runs/a", "report") == "runs/a/report"
+    assert join("file:///runs/a", "report") == "/runs/a/report"
+    assert (above("runs/a"), last_part("runs/a/")) == ("runs", "a")
+
+
+def test_credentials_are_not_shown():
+    assert shown(S3) == "s3://bucket/runs/a?region=eu-west-1"
+    assert shown("s3://bucket/a@b") == "s3://bucket/a@b"
+
+
+def test_what_must_be_local_says_so():
+    refuse_uri("out", "runs/a")
+    with pytest.raises(ConfigError, match=r"out: s3://bucket/runs/a.* is a URI.*local path"):
+        refuse_uri("out", S3)
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        (["rank", "store", "--out", S3], "--out"),
+        (["submission", "write", "store", "--out", S3], "--out"),
+        (["search", "store", "--image", "a.png", "--text", "b", "--out", S3], "--out"),
+        (["fuse", "export", "fusion", "--to", S3], "--to"),
+        (["demo", "--out", S3], "--out"),
+        (["fuse", "export", S3], "FUSION"),
+        (["tiles", "export", "store", "--to", S3], "--to"),
+        (["data", "check", "folder", "--root", S3], "dataset.root"),
+        (["data", "check", "cirr", "--annotations", S3], "dataset.annotations"),
+        (["retrieve", "--config", "job.yaml", "--set", f"out={S3}"], "out"),
+        (["retrieve", "--config", "job.yaml", "--set", f"index={S3}"], "index"),
+    ],
+)
+def test_a_uri_never_becomes_a_folder(command, key, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    job = "{dataset: {name: icons, split: val}, model: a:b@random, index: i, out: o}"
+    Path("job.yaml").write_text(job)
+    try:
+        code = main(command)
+    except SystemExit as ended:
+        code = ended.code
+    said = capsys.readouterr().err
+    assert code == 2
+    assert f"{key}: s3://bucket/runs/a" in said
+    assert "is a URI" in said
+    assert "secret" not in said.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
