@@ -13,7 +13,9 @@ import pytest
 
 from dafm_ray.config import PrecomputeConfig, load_config
 from dafm_ray.tiles.precompute import precompute
+from dafm_ray.tiles.storage import open_storage
 from dafm_ray.tiles.store import TileStore
+from tests.object_store import ObjectStore, every
 from tests.samples import image_folder
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +31,7 @@ SOON_NOTICED = {
 }
 """A node that dies is noticed after 15 to 20 s by default."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 MODELS = """
 models:
@@ -100,29 +102,43 @@ def submitted(*job: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def done(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate(timeout=600)
+    out, _ = process.communicate(timeout=900)
     assert process.returncode == 0, out[-4000:]
     return out
 
 
-def share_done(store: Path) -> float:
+def share_done(store: str) -> float:
     """Of both stages, from what the job says of itself."""
     try:
-        status = json.loads((store / "status.json").read_text())
+        status = json.loads(open_storage(store).read("status.json").to_pybytes())
     except (FileNotFoundError, ValueError):
         return 0.0
     begun = {"encode": 0.0, "similarity": 1.0}.get(status["stage"], -1.0)
     return max(0.0, begun + status["done"] / max(1, status["total"]))
 
 
-@pytest.mark.parametrize("shortlist", [0, 20])
-def test_a_node_that_dies_five_times_changes_nothing(nodes, tmp_path, shortlist):
+def busy(server: ObjectStore) -> None:
+    """One request in 11 is answered with 500, another one is late."""
+    refused, late = every(11, 500), every(11, "slow")
+    server.fault = lambda method, path: refused(method, path) or late(method, f"{path} late")
+
+
+@pytest.mark.parametrize(("where", "shortlist"), [("disk", 0), ("disk", 20), ("s3", 0)])
+def test_a_node_that_dies_five_times_changes_nothing(
+    nodes, object_store, tmp_path, where, shortlist
+):
     config = tmp_path / "job.yaml"
     config.write_text(
         "dataset: {name: icons, split: val}\nstore: x\nencode_block: 16\ntile_queries: 128\n"
         f"tile_candidates: 256\nshortlist: {shortlist}\n{MODELS}"
     )
-    store = tmp_path / "killed"
+
+    def place(name: str) -> str:
+        return object_store.uri(name) if where == "s3" else str(tmp_path / name)
+
+    store = place("killed")
+    if where == "s3":
+        busy(object_store)
     job = submitted("jobs/precompute.py", "--config", str(config), "--set", f"store={store}")
     killed = 0
     while job.poll() is None:
@@ -130,12 +146,12 @@ def test_a_node_that_dies_five_times_changes_nothing(nodes, tmp_path, shortlist)
             nodes.kill_one()
             killed += 1
         time.sleep(0.2)
-    assert "552 blocks" in done(job) or shortlist
+    assert "2 models, 1673 queries, 1382 images" in done(job)
     assert killed == KILLS
     unbroken = precompute(
         load_config(PrecomputeConfig, config, [f"store={tmp_path / 'unbroken'}"])
     ).store
-    found = TileStore(str(store))
+    found = TileStore(store)
     assert not found.missing()
     assert found.scores_digest == unbroken.scores_digest
     assert found.finished() == unbroken.finished()
@@ -143,19 +159,20 @@ def test_a_node_that_dies_five_times_changes_nothing(nodes, tmp_path, shortlist)
     trained = tmp_path / "train.yaml"
     plain = "bank_t: 0\nprofiles: false\n" if shortlist else ""
     trained.write_text(
-        f"store: {store}\nout: {tmp_path / 'fusion'}\nfolds: 3\nrecipe: {{epochs: 1}}\n{plain}"
+        f"store: {store}\nout: {place('fusion')}\nfolds: 3\nrecipe: {{epochs: 1}}\n{plain}"
     )
     assert "lightfusion" in done(submitted("jobs/train_fusion.py", "--config", str(trained)))
     tuned = tmp_path / "tune.yaml"
     tuned.write_text(
-        f"kind: static\nfusion: {{store: {store}}}\nout: {tmp_path / 'study'}\n"
+        f"kind: static\nfusion: {{store: {store}}}\nout: {place('study')}\n"
         "spaces: [{system: [mean@zscore, rrf]}]\n"
     )
     assert "study:" in done(submitted("jobs/tune_fusion.py", "--config", str(tuned)))
     evaluated = tmp_path / "evaluate.yaml"
-    evaluated.write_text(f"store: {store}\nout: {tmp_path / 'report'}\ncases: 2\n")
+    evaluated.write_text(f"store: {store}\nout: {place('report')}\ncases: 2\n")
     assert "mean@zscore" in done(submitted("jobs/evaluate.py", "--config", str(evaluated)))
-    assert (tmp_path / "report" / "report.html").is_file()
+    assert open_storage(place("report")).exists("report.html")
+    assert where == "disk" or object_store.faults > KILLS
 
 
 @pytest.mark.parametrize("nodes", [{"store_bytes": 100_000_000}], indirect=True)
