@@ -36,6 +36,7 @@ from dafm_ray.job import (
     train_fusion_job,
     tune_fusion_job,
 )
+from dafm_ray.submit import ADDRESS, JOBS, Submission, submit
 from dafm_ray.uris import is_uri, local_path, refuse_uri, shown
 
 if TYPE_CHECKING:
@@ -78,6 +79,28 @@ def _parser() -> argparse.ArgumentParser:
         ("negatives", _negatives, "the hard negatives that a fine-tune would learn from"),
     ):
         add_config_arguments(_add(commands, name, command, text))
+
+    send = _add(commands, "submit", _submit, "run a job on a cluster; ends with its exit code")
+    send.add_argument("job", choices=JOBS, help="a script of jobs/: " + ", ".join(JOBS))
+    add_config_arguments(send)
+    send.add_argument(
+        "--address",
+        default="",
+        metavar="URL",
+        help=f"the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, {ADDRESS}",
+    )
+    send.add_argument(
+        "--working-dir", type=Path, default=Path(), metavar="DIR", help="the repository; default: ."
+    )
+    send.add_argument("--runtime-env", type=Path, metavar="FILE", help="as deploy/runtime_env.yaml")
+    for what in ("cpus", "gpus"):
+        send.add_argument(
+            f"--{what}",
+            type=float,
+            default=0,
+            metavar="N",
+            help="of the job's own process; default: 0, which is on the head",
+        )
 
     evaluate = _add(commands, "evaluate", _evaluate, "metrics, tables and the report of a store")
     evaluate.add_argument(
@@ -344,6 +367,19 @@ def _retrieve(arguments: argparse.Namespace) -> int:
 
 def _negatives(arguments: argparse.Namespace) -> int:
     return negatives_job(load_config(MineConfig, arguments.config, arguments.set))
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    submission = Submission(
+        arguments.job,
+        Path(arguments.config),
+        arguments.set,
+        arguments.working_dir,
+        arguments.runtime_env,
+        arguments.cpus,
+        arguments.gpus,
+    )
+    return submit(submission, arguments.address, lambda text: print(text, end="", flush=True))
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

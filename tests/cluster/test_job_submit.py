@@ -1,10 +1,12 @@
-"""`ray job submit` against a local head, as a user would type it."""
+"""Jobs submitted to a local head that asks for its token, as a user would type it."""
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -14,30 +16,32 @@ import pytest
 from tests.samples import image_folder
 
 ROOT = Path(__file__).parents[2]
-RAY = Path(sys.executable).parent / "ray"
-
+BIN = Path(sys.executable).parent
 PORT = 9365
+HEAD = f"http://127.0.0.1:{PORT}"
+TOKEN = "0123456789abcdef0123456789abcdef"
 
 pytestmark = pytest.mark.timeout(175)
 
 
+def environment(**more: str) -> dict[str, str]:
+    """Of the cluster and of its users; the jobs run this environment's `python`."""
+    return {
+        **os.environ,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        **more,
+    }
+
+
 def answers(url: str) -> bool:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
     try:
-        with urllib.request.urlopen(url, timeout=2) as response:
+        with urllib.request.urlopen(request, timeout=2) as response:
             return response.status == 200
     except OSError:
         return False
-
-
-def ray(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(RAY), *arguments],
-        env={**os.environ, "RAY_AUTH_MODE": "disabled", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=170,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -47,52 +51,149 @@ def head():
     command += ["--port=9379", f"--dashboard-port={PORT}", "--dashboard-agent-listen-port=9366"]
     command += ["--object-store-memory=200000000", "--disable-usage-stats"]
     process = subprocess.Popen(
-        [str(RAY), *command],
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        [str(BIN / "ray"), *command],
+        env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    address = f"http://127.0.0.1:{PORT}"
     deadline = time.monotonic() + 90
-    while not answers(f"{address}/api/version"):
+    while not answers(f"{HEAD}/api/version"):
         assert process.poll() is None, "the head ended"
         assert time.monotonic() < deadline, "the head did not come up"
         time.sleep(0.5)
-    yield address
+    yield
     family = psutil.Process(process.pid).children(recursive=True)
     for member in [psutil.Process(process.pid), *family]:
         member.kill()
     psutil.wait_procs(family, timeout=20)
 
 
-def submit(head: str, *job: str) -> subprocess.CompletedProcess[str]:
-    return ray(
-        "job", "submit", "--address", head, "--working-dir", str(ROOT), "--", sys.executable, *job
+def dafm_submit(*job: str, **more: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "dafm_ray", "submit", *job, "--address", HEAD],
+        cwd=ROOT,
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
-def test_precompute_and_evaluate_are_submitted(head, tmp_path):
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=170)
+    return process.returncode, out, err
+
+
+def started(process: "subprocess.Popen[str]") -> str:
+    """Waits until the job prints `started`; returns its id."""
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if line == "started\n":
+            return re.search(r"raysubmit_\w+", printed)[0]
+    raise AssertionError(printed)
+
+
+@pytest.fixture
+def scripts(tmp_path):
+    """A working directory whose only job does what a line of Python says."""
+
+    def write(line: str) -> list[str]:
+        folder = tmp_path / "repository"
+        (folder / "jobs").mkdir(parents=True)
+        (folder / "jobs" / "precompute.py").write_text(f"import os, sys, time\n{line}\n")
+        config = folder / "job.yaml"
+        config.write_text(
+            "{dataset: {name: icons}, store: x, models: [{name: a, id: 'clip4cir:sum@r'}]}"
+        )
+        return ["precompute", "--config", str(config), "--working-dir", str(folder)]
+
+    return write
+
+
+@pytest.fixture
+def config(tmp_path):
     images = image_folder(tmp_path / "images", images=20, queries=9)
-    config = tmp_path / "job.yaml"
-    config.write_text(
+    file = tmp_path / "job.yaml"
+    file.write_text(
         f"dataset: {{name: folder, root: {images}}}\n"
         "models: [{name: sum, id: 'clip4cir:sum@random-tiny'}]\n"
         f"store: {tmp_path / 'store'}\n"
     )
-    done = submit(head, "jobs/precompute.py", "--config", str(config))
+    return file
+
+
+def test_jobs_run_by_either_command(head, config, tmp_path):
+    job = ["python", "jobs/precompute.py", "--config", config]
+    done = subprocess.run(
+        [BIN / "ray", "job", "submit", "--address", HEAD, "--working-dir", ROOT, "--", *job],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"1 models, 9 queries, 20 images; \d+ blocks computed now", done.stdout)
     evaluation = tmp_path / "evaluate.yaml"
     evaluation.write_text(f"store: {tmp_path / 'store'}\nout: {tmp_path / 'out'}\n")
-    done = submit(head, "jobs/evaluate.py", "--config", str(evaluation))
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, out, err = ended(dafm_submit("evaluate", "--config", str(evaluation), "--cpus", "1"))
+    assert code == 0, out + err
+    assert "| sum" in out
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-def test_a_wrong_configuration_reaches_the_submitter(head, tmp_path):
-    config = tmp_path / "job.yaml"
+def test_a_wrong_configuration_ends_the_submission_with_2(head, config):
     config.write_text("dataset: {name: icons}\nstoer: x\nmodels: []\n")
-    done = submit(head, "jobs/precompute.py", "--config", str(config))
-    assert done.returncode != 0
-    assert "did you mean 'store'" in done.stdout + done.stderr
+    code, out, err = ended(dafm_submit("precompute", "--config", str(config)))
+    assert code == 2, out + err
+    assert "did you mean 'store'" in out
+    assert "ended with exit code 2" in err
+
+
+def test_two_submissions_on_one_store(head, config, tmp_path):
+    both = [dafm_submit("precompute", "--config", str(config)) for _ in range(2)]
+    (first, second) = sorted((ended(one) for one in both), key=lambda done: done[0])
+    assert (first[0], second[0]) == (0, 5), f"{first}\n{second}"
+    assert "1 models, 9 queries, 20 images" in first[1]
+    assert "another run is writing" in second[1]
+    assert (tmp_path / "store" / "status.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("line", "code"), [("sys.exit(4)", 4), ("os.kill(os.getpid(), 9)", 137)], ids=["4", "killed"]
+)
+def test_the_exit_code_of_the_job_is_the_submissions(head, scripts, line, code):
+    ended_with, out, err = ended(dafm_submit(*scripts(f"print('was here'); {line}")))
+    assert ended_with == code, out + err
+    assert "\nwas here\n" in out
+
+
+def test_an_interrupted_submission_leaves_the_job_and_a_stopped_job_is_told(head, scripts):
+    job = scripts("print('started', flush=True); time.sleep(100)")
+    left, followed = dafm_submit(*job), dafm_submit(*job)
+    ids = [started(process) for process in (left, followed)]
+    left.send_signal(signal.SIGINT)
+    code, _, err = ended(left)
+    assert code == 130
+    assert f"to stop it: ray job stop {ids[0]} --address {HEAD}" in err
+    for id in ids:
+        stopped = subprocess.run(
+            [BIN / "ray", "job", "stop", id, "--address", HEAD],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert "was stopped" in stopped.stdout + stopped.stderr
+    code, _, err = ended(followed)
+    assert code == 130
+    assert f"{ids[1]} was stopped" in err
+
+
+def test_a_cluster_refuses_who_has_no_token(head, scripts):
+    job = scripts("sys.exit(0)")
+    for wrong in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "f" * 32}):
+        code, _, err = ended(dafm_submit(*job, **wrong))
+        assert code == 5
+        assert "asks for its token: set RAY_AUTH_MODE=token" in err

@@ -1,0 +1,208 @@
+"""`dafm submit`: a job runs on a cluster, and its messages and its exit code come back.
+
+`ray job submit` ends with 1 whatever a job ended with.
+"""
+
+import asyncio
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dafm_ray.config import (
+    EvaluateConfig,
+    FusionConfig,
+    PrecomputeConfig,
+    RetrieveConfig,
+    StudyConfig,
+    load_config,
+)
+from dafm_ray.errors import DONE, ConfigError, MachineError
+from dafm_ray.finetune.config import FinetuneConfig, MineConfig
+from dafm_ray.job import INTERRUPTED, say
+
+JOBS: Mapping[str, type] = {
+    "precompute": PrecomputeConfig,
+    "evaluate": EvaluateConfig,
+    "train_fusion": FusionConfig,
+    "tune_fusion": StudyConfig,
+    "finetune": FinetuneConfig,
+    "retrieve": RetrieveConfig,
+    "negatives": MineConfig,
+}
+"""The scripts of jobs/, and what configures each."""
+
+ADDRESS = "http://127.0.0.1:8265"
+"""Where `ray dashboard` and `kubectl port-forward` make a cluster answer."""
+
+_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_POLL_S = 0.5
+_SIGNAL = 128
+"""A shell adds this to the signal that killed a process."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is sent to a cluster.
+
+    Attributes:
+        job: one of `JOBS`.
+        config: its YAML. One below `working_dir` is sent along; an absolute path elsewhere is read
+            by the job, on the cluster.
+        overrides: `key=value`, as for every job.
+        working_dir: the repository; Ray sends it without what .gitignore and .rayignore name.
+        runtime_env: YAML file of a Ray runtime environment.
+        cpus: reserved for the job's own process; with 0 it runs on the head.
+        gpus: the same.
+    """
+
+    job: str
+    config: Path
+    overrides: Sequence[str] = ()
+    working_dir: Path = Path()
+    runtime_env: Path | None = None
+    cpus: float = 0
+    gpus: float = 0
+
+    def command(self) -> str:
+        """What the cluster runs, once everything that can be checked here is.
+
+        Raises:
+            ConfigError: no such script or file, or a wrong configuration.
+        """
+        root = self.working_dir.resolve()
+        script = f"jobs/{self.job}.py"
+        if not (root / script).is_file():
+            raise ConfigError(
+                f"there is no {script} in {root}; --working-dir is a copy of the repository"
+            )
+        config = self.config.resolve()
+        if config.is_relative_to(root):
+            load_config(JOBS[self.job], config, self.overrides)
+            config = config.relative_to(root)
+        elif not self.config.is_absolute():
+            raise ConfigError(
+                f"{self.config} lies outside {root}, which is all that is sent; move it there, or "
+                "name an absolute path that the cluster can read"
+            )
+        overrides = [part for override in self.overrides for part in ("--set", override)]
+        return shlex.join(["python", script, "--config", str(config), *overrides])
+
+    def environment(self) -> dict[str, Any]:
+        """The Ray runtime environment.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        values: dict[str, Any] = {}
+        if self.runtime_env is not None:
+            try:
+                values = yaml.safe_load(self.runtime_env.read_text(encoding="utf-8"))
+            except OSError as error:
+                raise ConfigError(f"cannot read {self.runtime_env}: {error.strerror}") from None
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{self.runtime_env} is not YAML: {error}") from None
+            if not isinstance(values, dict):
+                raise ConfigError(f"{self.runtime_env} must hold `key: value` lines")
+        return {**values, "working_dir": str(self.working_dir.resolve())}
+
+
+def submit(submission: Submission, address: str, show: Callable[[str], None]) -> int:
+    """Run a job on a cluster and follow it; Ctrl-C leaves it running.
+
+    Args:
+        submission: what is sent.
+        address: URL of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else
+            `ADDRESS`.
+        show: takes what the job prints.
+
+    Returns:
+        The exit code of the job; 130 after Ctrl-C and for a job that somebody stopped.
+
+    Raises:
+        ConfigError: see `Submission`.
+        MachineError: no cluster answers, it refuses the job, or it is lost on the way.
+    """
+    command, environment = submission.command(), submission.environment()
+    client = _connected(address)
+    where = client.get_address()
+    try:
+        job = client.submit_job(
+            entrypoint=command,
+            runtime_env=environment,
+            entrypoint_num_cpus=submission.cpus or None,
+            entrypoint_num_gpus=submission.gpus or None,
+            metadata={"job": submission.job},
+        )
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        raise MachineError(f"the cluster at {where} did not take the job: {error}") from None
+    at = f"{job} --address {where}"
+    say(f"{job}: {command}")
+    try:
+        details = asyncio.run(_followed(client, job, show))
+    except KeyboardInterrupt:
+        say(
+            f"{job} goes on without you; to see what it prints: ray job logs --follow {at}; "
+            f"to stop it: ray job stop {at}"
+        )
+        return INTERRUPTED
+    except Exception as error:
+        raise MachineError(
+            f"the cluster at {where} does not answer any more ({error}); {job} may go on: "
+            f"ray job status {at}"
+        ) from None
+    return _exit_code(job, details)
+
+
+def _connected(address: str) -> Any:
+    if not address and not any(os.environ.get(name) for name in _ADDRESSES):
+        address = ADDRESS
+    if address:
+        # With either variable set, Ray would not look at an argument.
+        os.environ[_ADDRESSES[0]] = address
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient()
+    except AuthenticationError:
+        raise MachineError(
+            f"the cluster at {_place()} asks for its token: set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN_PATH to its file unless that is ~/.ray/auth_token"
+        ) from None
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        answer = "" if isinstance(error, ConnectionError) else f" (it said: {error})"
+        raise MachineError(
+            f"no Ray cluster answers at {_place()}{answer}; start one, forward its dashboard to "
+            "this machine, or name it with --address: docs/cluster.md"
+        ) from None
+
+
+def _place() -> str:
+    return next(os.environ[name] for name in _ADDRESSES if os.environ.get(name))
+
+
+async def _followed(client: Any, job: str, show: Callable[[str], None]) -> Any:
+    """Show what a job prints until it ends; returns Ray's details of it."""
+    async for lines in client.tail_job_logs(job):
+        show(lines)
+    while not (details := client.get_job_info(job)).status.is_terminal():
+        await asyncio.sleep(_POLL_S)
+    return details
+
+
+def _exit_code(job: str, details: Any) -> int:
+    status, code = details.status.value, details.driver_exit_code
+    if status == "STOPPED":
+        say(f"{job} was stopped; finished work is kept, the same command goes on from here")
+        return INTERRUPTED
+    if status == "SUCCEEDED":
+        return DONE
+    if code is None:
+        raise MachineError(f"{job} did not run to its end: {details.message}")
+    say(f"{job} ended with exit code {code}")
+    return int(code) if code > 0 else _SIGNAL - int(code)
