@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-from dafm_ray.errors import DafmError, MachineError
+from dafm_ray.errors import ConfigError, DafmError, MachineError
 
 Row = dict[str, Any]
 """A row of a Ray Data pipeline."""
@@ -69,17 +69,36 @@ def finished(row: Row) -> Row:
 
 
 def available_cpus() -> float:
-    """CPUs of the whole cluster."""
-    import ray
+    """CPUs of the whole cluster; of one that grows, those of DAFM_MAX_CPUS, if that is set.
 
-    return float(ray.cluster_resources().get("CPU", 1))
+    Raises:
+        ConfigError: the variable is no number.
+    """
+    return _of_cluster("CPU", 1)
 
 
 def available_gpus() -> float:
-    """GPUs of the whole cluster."""
+    """GPUs of the whole cluster; of one that grows, those of DAFM_MAX_GPUS, if that is set.
+
+    Raises:
+        ConfigError: the variable is no number.
+    """
+    return _of_cluster("GPU", 0)
+
+
+def _of_cluster(resource: str, without: float) -> float:
+    """Ray does not tell how far an autoscaler may go; a cluster of a head alone has nothing yet."""
     import ray
 
-    return float(ray.cluster_resources().get("GPU", 0))
+    name = f"DAFM_MAX_{resource}S"
+    try:
+        limit = float(os.environ.get(name) or 0)
+    except ValueError:
+        raise ConfigError(
+            f"{name}={os.environ[name]} must be the number of {resource}s that the cluster may "
+            "grow to"
+        ) from None
+    return max(float(ray.cluster_resources().get(resource, without)), limit)
 
 
 def cpu_resources() -> dict[str, float]:

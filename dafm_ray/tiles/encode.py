@@ -157,7 +157,8 @@ def encode(parts: Sequence[Part], pools: Sequence[ModelConfig], shown: Progress)
             compute=ray.data.ActorPoolStrategy(
                 size=pool.actors, max_tasks_in_flight_per_actor=IN_FLIGHT
             ),
-            num_cpus=share,
+            # On a node with a GPU that decoders have filled, an encoder of it would never start.
+            num_cpus=0 if pool.num_gpus else share,
             num_gpus=float(pool.num_gpus) or None,
             resources={} if pool.num_gpus else cpu_resources(),
             zero_copy_batch=True,
@@ -168,12 +169,15 @@ def encode(parts: Sequence[Part], pools: Sequence[ModelConfig], shown: Progress)
 
 
 def actor_cpus(cpus: float, pools: Sequence[ModelConfig]) -> float:
-    """CPUs an encoder may claim so that decoders always find some; a starved pool hangs silently.
+    """CPUs an encoder without a GPU may claim so that decoders always find some; a starved pool
+    hangs silently.
 
     Raises:
         ConfigError: too many actors.
     """
-    actors = sum(pool.actors for pool in pools)
+    actors = sum(pool.actors for pool in pools if not pool.num_gpus)
+    if not actors:
+        return 0.0
     budget = cpus - max(1.0, cpus / CPUS_A_DECODER) if cpus >= 2 else cpus - DECODE_CPUS
     share = min(1.0, int(100 * budget / actors) / 100)
     if share <= 0:

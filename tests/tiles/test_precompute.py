@@ -226,6 +226,12 @@ def test_too_many_actors_are_refused_instead_of_hanging():
         actor_cpus(2, [ModelConfig("m", "x:y@z", actors=400)])
 
 
+def test_encoders_of_gpus_leave_the_cpus_to_the_others():
+    gpu, cpu = ModelConfig("g", "x:y@z", actors=400, num_gpus=0.5), ModelConfig("c", "x:y@z")
+    assert actor_cpus(2, [gpu, cpu]) == actor_cpus(2, [cpu])
+    assert actor_cpus(2, [gpu]) == 0
+
+
 def test_texts_that_a_model_reads_cut_are_listed(first):
     assert first[1].cut == {"sum": 1, "text": 1}
     assert first[1].store.cut_texts() == {"sum": ["q5"], "text": ["q5"]}
