@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     send = _add(commands, "submit", _submit, "run a job on a cluster; ends with its exit code")
     send.add_argument("job", choices=JOBS, help="a script of jobs/: " + ", ".join(JOBS))
     add_config_arguments(send)
+    add_plan_argument(send)
     send.add_argument(
         "--address",
         default="",
@@ -378,6 +379,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         arguments.runtime_env,
         arguments.cpus,
         arguments.gpus,
+        arguments.plan,
     )
     return submit(submission, arguments.address, lambda text: print(text, end="", flush=True))
 

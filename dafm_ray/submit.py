@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import logging
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +59,7 @@ class Submission:
         runtime_env: YAML file of a Ray runtime environment.
         cpus: reserved for the job's own process; with 0 it runs on the head.
         gpus: the same.
+        plan: of a precompute: only say what it would take.
     """
 
     job: str
@@ -67,6 +69,7 @@ class Submission:
     runtime_env: Path | None = None
     cpus: float = 0
     gpus: float = 0
+    plan: bool = False
 
     def command(self) -> str:
         """What the cluster runs, once everything that can be checked here is.
@@ -89,8 +92,11 @@ class Submission:
                 f"{self.config} lies outside {root}, which is all that is sent; move it there, or "
                 "name an absolute path that the cluster can read"
             )
+        if self.plan and self.job != "precompute":
+            raise ConfigError(f"--plan is of precompute, not of {self.job}")
         overrides = [part for override in self.overrides for part in ("--set", override)]
-        return shlex.join(["python", script, "--config", str(config), *overrides])
+        plan = ["--plan"] if self.plan else []
+        return shlex.join(["python", script, "--config", str(config), *overrides, *plan])
 
     def environment(self) -> dict[str, Any]:
         """The Ray runtime environment.
@@ -164,6 +170,7 @@ def _connected(address: str) -> Any:
     if address:
         # With either variable set, Ray would not look at an argument.
         os.environ[_ADDRESSES[0]] = address
+    logging.disable(logging.INFO)  # Ray's client tells of every ignore file
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 

@@ -9,6 +9,7 @@ import pytest
 from dafm_ray import job as jobs_module
 from dafm_ray import submit
 from dafm_ray.cli import main
+from dafm_ray.errors import ConfigError
 from dafm_ray.submit import JOBS, Submission
 
 ROOT = Path(__file__).parents[1]
@@ -21,12 +22,15 @@ def no_address(monkeypatch):
 
 
 def test_every_job_has_a_script_that_runs_it():
-    functions = {name for name in vars(jobs_module) if name.endswith("_job")} - {"run_job"}
+    functions = {name for name in vars(jobs_module) if name.endswith("_job")} - {
+        "run_job",
+        "plan_job",
+    }
     assert {script.stem for script in (ROOT / "jobs").glob("*.py")} == set(JOBS)
     assert {f"{name}_job" for name in JOBS} == functions
     for name, kind in JOBS.items():
         script = (ROOT / "jobs" / f"{name}.py").read_text()
-        assert f"run_job({kind.__name__}, {name}_job)" in script
+        assert f"run_job({kind.__name__}, {name}_job" in script
 
 
 def test_a_configuration_below_the_working_directory_is_sent_along(monkeypatch):
@@ -37,6 +41,9 @@ def test_a_configuration_below_the_working_directory_is_sent_along(monkeypatch):
     )
     absolute = Submission("precompute", ROOT / "configs/icons.yaml", working_dir=ROOT)
     assert "--config configs/icons.yaml" in absolute.command()
+    assert Submission("precompute", absolute.config, working_dir=ROOT, plan=True).command() == (
+        "python jobs/precompute.py --config configs/icons.yaml --plan"
+    )
     elsewhere = Submission("precompute", Path("/on/the/cluster.yaml"))
     assert elsewhere.command().endswith("--config /on/the/cluster.yaml")
 
@@ -56,6 +63,11 @@ def test_what_is_wrong_is_said_before_a_cluster_is_asked(arguments, message, mon
     monkeypatch.chdir(ROOT)
     assert main(["submit", "precompute", *arguments, "--address", "http://127.0.0.1:9"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_plan_is_of_a_precompute():
+    with pytest.raises(ConfigError, match="--plan is of precompute"):
+        Submission("evaluate", ROOT / "configs/icons_evaluate.yaml", plan=True).command()
 
 
 def test_no_cluster_ends_with_5(monkeypatch, capsys):
