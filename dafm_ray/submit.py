@@ -170,7 +170,9 @@ def _connected(address: str) -> Any:
     if address:
         # With either variable set, Ray would not look at an argument.
         os.environ[_ADDRESSES[0]] = address
-    logging.disable(logging.INFO)  # Ray's client tells of every ignore file
+    # Ray's client tells of every ignore file, and that .git stays at home.
+    logging.disable(logging.INFO)
+    logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 

@@ -1,88 +1,21 @@
 """Jobs submitted to a local head that asks for its token, as a user would type it."""
 
-import os
 import re
 import signal
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.cluster.heads import ROOT, ended, running_head
 from tests.samples import image_folder
-
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-PORT = 9365
-HEAD = f"http://127.0.0.1:{PORT}"
-TOKEN = "0123456789abcdef0123456789abcdef"
 
 pytestmark = pytest.mark.timeout(175)
 
 
-def environment(**more: str) -> dict[str, str]:
-    """Of the cluster and of its users; the jobs run this environment's `python`."""
-    return {
-        **os.environ,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": TOKEN,
-        **more,
-    }
-
-
-def answers(url: str) -> bool:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
-    try:
-        with urllib.request.urlopen(request, timeout=2) as response:
-            return response.status == 200
-    except OSError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def head():
-    """A head of its own ports; ended by process, so that no other Ray on the machine is."""
-    command = ["start", "--head", "--block", "--num-cpus=4", "--include-dashboard=true"]
-    command += ["--port=9379", f"--dashboard-port={PORT}", "--dashboard-agent-listen-port=9366"]
-    command += ["--object-store-memory=200000000", "--disable-usage-stats"]
-    process = subprocess.Popen(
-        [str(BIN / "ray"), *command],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 90
-    while not answers(f"{HEAD}/api/version"):
-        assert process.poll() is None, "the head ended"
-        assert time.monotonic() < deadline, "the head did not come up"
-        time.sleep(0.5)
-    yield
-    family = psutil.Process(process.pid).children(recursive=True)
-    for member in [psutil.Process(process.pid), *family]:
-        member.kill()
-    psutil.wait_procs(family, timeout=20)
-
-
-def dafm_submit(*job: str, **more: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "dafm_ray", "submit", *job, "--address", HEAD],
-        cwd=ROOT,
-        env=environment(**more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=170)
-    return process.returncode, out, err
+    with running_head(["--num-cpus=4", "--object-store-memory=200000000"]) as head:
+        yield head
 
 
 def started(process: "subprocess.Popen[str]") -> str:
@@ -99,7 +32,7 @@ def started(process: "subprocess.Popen[str]") -> str:
 def scripts(tmp_path):
     """A working directory whose only job does what a line of Python says."""
 
-    def write(line: str) -> list[str]:
+    def write(line: str) -> list[object]:
         folder = tmp_path / "repository"
         (folder / "jobs").mkdir(parents=True)
         (folder / "jobs" / "precompute.py").write_text(f"import os, sys, time\n{line}\n")
@@ -107,7 +40,7 @@ def scripts(tmp_path):
         config.write_text(
             "{dataset: {name: icons}, store: x, models: [{name: a, id: 'clip4cir:sum@r'}]}"
         )
-        return ["precompute", "--config", str(config), "--working-dir", str(folder)]
+        return ["precompute", "--config", config, "--working-dir", folder]
 
     return write
 
@@ -126,18 +59,12 @@ def config(tmp_path):
 
 def test_jobs_run_by_either_command(head, config, tmp_path):
     job = ["python", "jobs/precompute.py", "--config", config]
-    done = subprocess.run(
-        [BIN / "ray", "job", "submit", "--address", HEAD, "--working-dir", ROOT, "--", *job],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=170,
-    )
+    done = head.ray("job", "submit", "--address", head.url, "--working-dir", ROOT, "--", *job)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"1 models, 9 queries, 20 images; \d+ blocks computed now", done.stdout)
     evaluation = tmp_path / "evaluate.yaml"
     evaluation.write_text(f"store: {tmp_path / 'store'}\nout: {tmp_path / 'out'}\n")
-    code, out, err = ended(dafm_submit("evaluate", "--config", str(evaluation), "--cpus", "1"))
+    code, out, err = ended(head.dafm_submit("evaluate", "--config", evaluation, "--cpus", "1"))
     assert code == 0, out + err
     assert "| sum" in out
     assert (tmp_path / "out" / "report.html").is_file()
@@ -145,14 +72,14 @@ def test_jobs_run_by_either_command(head, config, tmp_path):
 
 def test_a_wrong_configuration_ends_the_submission_with_2(head, config):
     config.write_text("dataset: {name: icons}\nstoer: x\nmodels: []\n")
-    code, out, err = ended(dafm_submit("precompute", "--config", str(config)))
+    code, out, err = ended(head.dafm_submit("precompute", "--config", config))
     assert code == 2, out + err
     assert "did you mean 'store'" in out
     assert "ended with exit code 2" in err
 
 
 def test_two_submissions_on_one_store(head, config, tmp_path):
-    both = [dafm_submit("precompute", "--config", str(config)) for _ in range(2)]
+    both = [head.dafm_submit("precompute", "--config", config) for _ in range(2)]
     (first, second) = sorted((ended(one) for one in both), key=lambda done: done[0])
     assert (first[0], second[0]) == (0, 5), f"{first}\n{second}"
     assert "1 models, 9 queries, 20 images" in first[1]
@@ -164,27 +91,21 @@ def test_two_submissions_on_one_store(head, config, tmp_path):
     ("line", "code"), [("sys.exit(4)", 4), ("os.kill(os.getpid(), 9)", 137)], ids=["4", "killed"]
 )
 def test_the_exit_code_of_the_job_is_the_submissions(head, scripts, line, code):
-    ended_with, out, err = ended(dafm_submit(*scripts(f"print('was here'); {line}")))
+    ended_with, out, err = ended(head.dafm_submit(*scripts(f"print('was here'); {line}")))
     assert ended_with == code, out + err
     assert "\nwas here\n" in out
 
 
 def test_an_interrupted_submission_leaves_the_job_and_a_stopped_job_is_told(head, scripts):
     job = scripts("print('started', flush=True); time.sleep(100)")
-    left, followed = dafm_submit(*job), dafm_submit(*job)
+    left, followed = head.dafm_submit(*job), head.dafm_submit(*job)
     ids = [started(process) for process in (left, followed)]
     left.send_signal(signal.SIGINT)
     code, _, err = ended(left)
     assert code == 130
-    assert f"to stop it: ray job stop {ids[0]} --address {HEAD}" in err
+    assert f"to stop it: ray job stop {ids[0]} --address {head.url}" in err
     for id in ids:
-        stopped = subprocess.run(
-            [BIN / "ray", "job", "stop", id, "--address", HEAD],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        stopped = head.ray("job", "stop", id, "--address", head.url)
         assert "was stopped" in stopped.stdout + stopped.stderr
     code, _, err = ended(followed)
     assert code == 130
@@ -194,6 +115,6 @@ def test_an_interrupted_submission_leaves_the_job_and_a_stopped_job_is_told(head
 def test_a_cluster_refuses_who_has_no_token(head, scripts):
     job = scripts("sys.exit(0)")
     for wrong in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "f" * 32}):
-        code, _, err = ended(dafm_submit(*job, **wrong))
+        code, _, err = ended(head.dafm_submit(*job, **wrong))
         assert code == 5
         assert "asks for its token: set RAY_AUTH_MODE=token" in err
