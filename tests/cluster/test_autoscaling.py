@@ -57,7 +57,7 @@ def head(tmp_path_factory):
             name: {"resources": {}, "node_config": {}, "max_workers": 0},
             **workers,
         },
-        **dict.fromkeys(COMMANDS, []),
+        **{key: [] for key in COMMANDS},
         "cluster_synced_files": [],
         "file_mounts": {},
         "auth": {},
