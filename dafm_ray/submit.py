@@ -1,6 +1,6 @@
 """`dafm submit`: a job runs on a cluster, and its messages and its exit code come back.
 
-`ray job submit` ends with 1 whatever a job ended with.
+`ray job submit` ends with 1 whatever a failed job ended with.
 """
 
 import asyncio

@@ -1,5 +1,7 @@
 """What `dafm submit` finds wrong before a cluster is asked; the rest is in cluster/."""
 
+import re
+import shlex
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 from dafm_ray import job as jobs_module
 from dafm_ray import submit
 from dafm_ray.cli import main
+from dafm_ray.config import load_config, to_yaml
 from dafm_ray.errors import ConfigError
 from dafm_ray.submit import JOBS, Submission
 
@@ -63,6 +66,22 @@ def test_what_is_wrong_is_said_before_a_cluster_is_asked(arguments, message, mon
     monkeypatch.chdir(ROOT)
     assert main(["submit", "precompute", *arguments, "--address", "http://127.0.0.1:9"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/cluster.md"])
+def test_commands_of_the_documents_are_sound_and_name_no_path_of_the_copy(file, monkeypatch):
+    sent: list[Submission] = []
+    monkeypatch.setattr("dafm_ray.cli.submit", lambda submission, *_: sent.append(submission))
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(r"^dafm (submit .*)$", (ROOT / file).read_text(), re.M)
+    assert commands
+    for command in commands:
+        main(shlex.split(command, comments=True))
+        sent[-1].command()
+        config = load_config(JOBS[sent[-1].job], sent[-1].config, sent[-1].overrides)
+        assert "runs/" not in to_yaml(config)
+    if file == "docs/cluster.md":
+        assert {submission.job for submission in sent} == set(JOBS)
 
 
 def test_a_plan_is_of_a_precompute():
