@@ -35,7 +35,7 @@ def head(tmp_path_factory):
         "launch_multiple": True,
         "head_node_id": node_provider.FAKE_HEAD_NODE_ID,
     }
-    resources = {"cpu": {"CPU": 2}, "gpu": {"CPU": 1, "GPU": 1}}
+    resources = {"cpu": {"CPU": 2, "dafm_cpu": 1}, "gpu": {"CPU": 1, "GPU": 1}}
     workers = {
         name: {
             "resources": {**of, "object_store_memory": OBJECT_STORE},
@@ -73,7 +73,8 @@ def head(tmp_path_factory):
         RAY_enable_autoscaler_v2="1",
         RAY_CLOUD_INSTANCE_ID=node_provider.FAKE_HEAD_NODE_ID,
         RAY_OVERRIDE_NODE_ID_FOR_TESTING=node_provider.FAKE_HEAD_NODE_ID,
-        DAFM_MAX_CPUS="3",
+        DAFM_CPU_RESOURCE="dafm_cpu",
+        DAFM_MAX_CPUS="2",
         DAFM_MAX_GPUS="1",
     ) as head:
         yield head

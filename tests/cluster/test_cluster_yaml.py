@@ -97,13 +97,16 @@ def test_resources_are_those_of_the_machines(prepared):
         assert of["resources"].get("GPU", 0) == gpus
 
 
-def test_jobs_know_how_far_the_cluster_grows(prepared):
-    for resource in ("CPU", "GPU"):
-        limit = sum(
-            of["max_workers"] * of["resources"].get(resource, 0)
-            for of in workers(prepared).values()
-        )
-        assert f"--env DAFM_MAX_{resource}S={limit}" in prepared["docker"]["run_options"]
+def test_work_without_a_gpu_stays_off_gpus_and_jobs_know_how_far_the_cluster_grows(prepared):
+    given = dict(re.findall(r"--env (DAFM_\w+)=(\S+)", " ".join(prepared["docker"]["run_options"])))
+    offers = [
+        of for of in workers(prepared).values() if given["DAFM_CPU_RESOURCE"] in of["resources"]
+    ]
+    assert not any("GPU" in of["resources"] for of in offers)
+    gpus = [of for of in workers(prepared).values() if "GPU" in of["resources"]]
+    for name, types in (("CPU", offers), ("GPU", gpus)):
+        limit = sum(of["max_workers"] * of["resources"][name] for of in types)
+        assert given[f"DAFM_MAX_{name}S"] == str(limit) != "0"
 
 
 def test_ec2_accepts_the_machines(prepared):

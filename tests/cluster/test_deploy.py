@@ -67,16 +67,18 @@ def test_ray_refuses_a_cluster_it_cannot_read(cluster):
         as_ray_reads(cluster)
 
 
-def test_jobs_know_how_far_the_pods_grow(cluster):
-    types = as_ray_reads(cluster)["available_node_types"].values()
-    limits = {
-        f"DAFM_MAX_{name}S": str(
-            sum(of["max_workers"] * of["resources"].get(name, 0) for of in types)
-        )
-        for name in ("CPU", "GPU")
+def test_work_without_a_gpu_stays_off_gpus_and_jobs_know_how_far_the_pods_grow(cluster):
+    types = as_ray_reads(cluster)["available_node_types"]
+    cpu, gpu = types["cpu"], types["gpu"]
+    assert "dafm_cpu" in cpu["resources"]
+    assert "dafm_cpu" not in gpu["resources"]
+    expected = {
+        "DAFM_CPU_RESOURCE": "dafm_cpu",
+        "DAFM_MAX_CPUS": str(cpu["max_workers"] * cpu["resources"]["CPU"]),
+        "DAFM_MAX_GPUS": str(gpu["max_workers"] * gpu["resources"]["GPU"]),
     }
     for container in containers(cluster):
-        assert {one["name"]: one["value"] for one in container["env"]} == limits
+        assert {one["name"]: one["value"] for one in container["env"]} == expected
 
 
 def test_the_token_is_a_secret_and_everybody_has_it(cluster):
