@@ -91,7 +91,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, {ADDRESS}",
     )
     send.add_argument(
-        "--working-dir", type=Path, default=Path(), metavar="DIR", help="the repository; default: ."
+        "--working-dir",
+        type=_local,
+        default=Path(),
+        metavar="DIR",
+        help="the repository; default: .",
     )
     send.add_argument("--runtime-env", type=Path, metavar="FILE", help="as deploy/runtime_env.yaml")
     for what in ("cpus", "gpus"):

@@ -25,6 +25,7 @@ from dafm_ray.config import (
 from dafm_ray.errors import DONE, ConfigError, MachineError
 from dafm_ray.finetune.config import FinetuneConfig, MineConfig
 from dafm_ray.job import INTERRUPTED, say
+from dafm_ray.uris import shown
 
 JOBS: Mapping[str, type] = {
     "precompute": PrecomputeConfig,
@@ -147,7 +148,7 @@ def submit(submission: Submission, address: str, show: Callable[[str], None]) ->
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise MachineError(f"the cluster at {where} did not take the job: {error}") from None
     at = f"{job} --address {where}"
-    say(f"{job}: {command}")
+    say(f"{job}: {shown(command)}")
     try:
         details = asyncio.run(_followed(client, job, show))
     except KeyboardInterrupt:

@@ -20,12 +20,10 @@ def head():
 
 def started(process: "subprocess.Popen[str]") -> str:
     """Waits until the job prints `started`; returns its id."""
-    printed = ""
-    for line in process.stdout:
-        printed += line
-        if line == "started\n":
-            return re.search(r"raysubmit_\w+", printed)[0]
-    raise AssertionError(printed)
+    ids = (re.match(r"(raysubmit_\w+): ", line) for line in process.stderr)
+    id = next(found[1] for found in ids if found)
+    assert "started\n" in process.stdout
+    return id
 
 
 @pytest.fixture
