@@ -2,8 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from dafm_ray.config import parse_config, to_yaml
 from dafm_ray.errors import ConfigError, DafmError
 from dafm_ray.progress import followed, status_line
 from dafm_ray.session import available_cpus, available_gpus, cpu_resources
+from dafm_ray.tiles.lease import writing
 from dafm_ray.tiles.storage import Storage, open_storage
 from dafm_ray.uris import shown
 
@@ -29,17 +30,24 @@ epoch waits for it."""
 _CLEANER_STOPS_S = 1.0
 
 
-def claim(out: Storage, config: Any, machine: Collection[str]) -> None:
-    """Make a run folder; one of another configuration is refused, one of the same goes on.
+@contextmanager
+def claimed(out: Storage, config: Any, machine: Collection[str]) -> Iterator[None]:
+    """Hold a run folder; one of another configuration is refused, one of the same goes on.
 
     Args:
         out: the folder.
         config: of the job; written there as `config.yaml`.
         machine: keys that may change between two starts of one run.
+
+    Raises:
+        ConfigError: see `refuse_other`.
+        MachineError: another process holds it.
     """
-    with suppress(FileNotFoundError, NotADirectoryError):
-        refuse_other(out.read(CONFIG).to_pybytes(), config, machine, shown(out.uri))
-    out.write(CONFIG, pa.py_buffer(to_yaml(config).encode()))
+    with writing(out):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            refuse_other(out.read(CONFIG).to_pybytes(), config, machine, shown(out.uri))
+        out.write(CONFIG, pa.py_buffer(to_yaml(config).encode()))
+        yield
 
 
 def refuse_other(written: bytes, config: Any, machine: Collection[str], where: str) -> None:

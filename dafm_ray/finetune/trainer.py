@@ -32,9 +32,9 @@ from dafm_ray.finetune.validation import validation_recall
 from dafm_ray.models.base import FrozenModel
 from dafm_ray.models.checkpoints import TRAINED_ON, trained_on
 from dafm_ray.models.registry import resolve
-from dafm_ray.runs import claim, refuse_larger, run_workers, write_status
+from dafm_ray.runs import claimed, refuse_larger, run_workers, write_status
 from dafm_ray.session import ensure_ray
-from dafm_ray.tiles.storage import open_storage, results
+from dafm_ray.tiles.storage import Storage, open_storage, results
 
 SELECTION = "R@10"
 WEIGHTS = "weights.safetensors"
@@ -269,6 +269,7 @@ def finetune(config: FinetuneConfig) -> Trained:
 
     Raises:
         ConfigError, DataError: see `build` and `train`.
+        MachineError: another run writes there.
     """
     # Relative paths of the configuration stay relative to where the job was started.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -276,7 +277,11 @@ def finetune(config: FinetuneConfig) -> Trained:
     out = open_storage(config.out)
     ensure_ray()
     refuse_larger(config.workers, config.cpus_per_worker, config.use_gpu)
-    claim(out, config, _MACHINE)
+    with claimed(out, config, _MACHINE):
+        return _finetune(config, start, out)
+
+
+def _finetune(config: FinetuneConfig, start: FrozenModel, out: Storage) -> Trained:
     checkpoint = run_workers(
         _worker,
         asdict(replace(config, out=out.uri)),

@@ -37,9 +37,9 @@ from dafm_ray.fusion.rank import masked_scores
 from dafm_ray.fusion.reference import References
 from dafm_ray.fusion.stacking import has_seen
 from dafm_ray.fusion.temperature import in_score_units
-from dafm_ray.runs import claim, refuse_larger, run_workers, write_status
+from dafm_ray.runs import claimed, refuse_larger, run_workers, write_status
 from dafm_ray.session import ensure_ray
-from dafm_ray.tiles.storage import open_storage, results
+from dafm_ray.tiles.storage import Storage, open_storage, results
 from dafm_ray.tiles.store import TileStore
 from dafm_ray.uris import shown
 
@@ -69,6 +69,7 @@ def train_fusion(config: FusionConfig) -> str:
         ConfigError: keys that contradict each other, or tau cannot go on, see `Temperature`.
         DataError: a store is incomplete or damaged, the stores hold other models, or no query has
             a target.
+        MachineError: another run writes there.
     """
     # Relative paths of the configuration stay relative to where the job was started.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -76,14 +77,18 @@ def train_fusion(config: FusionConfig) -> str:
     out = open_storage(config.out)
     ensure_ray()
     refuse_larger(config.workers, 1, config.use_gpu)
-    claim(out, config, _MACHINE)
-    if is_artefact(out.uri):
-        if load_artefact(out.uri).about.stores != _trained_on(stores):
+    with claimed(out, config, _MACHINE):
+        if not is_artefact(out.uri):
+            _train(config, stores, out)
+        elif load_artefact(out.uri).about.stores != _trained_on(stores):
             raise ConfigError(
                 f"{shown(out.uri)} holds a fusion of other scores than {', '.join(config.stores)} "
                 "hold now; choose another `out`, or delete that folder"
             )
-        return out.uri
+    return out.uri
+
+
+def _train(config: FusionConfig, stores: Sequence[TileStore], out: Storage) -> None:
     plan = prepare(config, stores)
     absolute = replace(config, out=out.uri, store=tuple(store.uri for store in stores))
     checkpoint = run_workers(
@@ -103,7 +108,6 @@ def train_fusion(config: FusionConfig) -> str:
         member.finish(state)
     with results(out.uri, WHOLE) as root:
         artefact_of(config, stores, plan, members).save(root, traces_of(members))
-    return out.uri
 
 
 def open_stores(config: FusionConfig) -> list[TileStore]:

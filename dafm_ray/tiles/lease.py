@@ -46,7 +46,7 @@ def _holder() -> dict[str, object]:
 def _taken(storage: Storage, holder: str) -> MachineError:
     return MachineError(
         f"another run is writing {shown(storage.uri)} ({holder}); wait for it or stop it, "
-        "then start again: finished tiles are kept"
+        "then start again: finished work is kept"
     )
 
 

@@ -15,12 +15,13 @@ from dafm_ray.config import PrecomputeConfig, load_config
 from dafm_ray.tiles.precompute import precompute
 from dafm_ray.tiles.storage import open_storage
 from dafm_ray.tiles.store import TileStore
+from tests.cluster.heads import free_port
 from tests.object_store import ObjectStore, every
 from tests.samples import image_folder
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
-PORT = 9465
+PORT = free_port()
 KILLS = 5
 
 SOON_NOTICED = {
@@ -54,7 +55,7 @@ class Nodes:
                 "include_dashboard": True,
                 "dashboard_host": "127.0.0.1",
                 "dashboard_port": PORT,
-                "dashboard_agent_listen_port": PORT + 1,
+                "dashboard_agent_listen_port": free_port(),
                 "object_store_memory": 100_000_000,
                 "_system_config": SOON_NOTICED,
             },

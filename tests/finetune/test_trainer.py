@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from dafm_ray.config import DatasetConfig
-from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.errors import ConfigError, DataError, MachineError
 from dafm_ray.finetune.config import FinetuneConfig
 from dafm_ray.finetune.trainer import UNFIT, build, finetune, save_weights, train
 from dafm_ray.models.checkpoints import trained_on, weights_digest
 from dafm_ray.models.registry import load_model
+from dafm_ray.tiles.lease import writing
 from dafm_ray.tiles.storage import open_storage
 from tests.samples import image_folder
 
@@ -181,6 +182,11 @@ def test_two_workers_on_ray_train(config, tmp_path):
     assert [row["epoch"] for row in history] == [1, 2]
     status = json.loads((tmp_path / "out" / "status.json").read_text())
     assert (status["stage"], status["done"], status["total"]) == ("train", 2, 2)
+    with (
+        writing(open_storage(config.out)),
+        pytest.raises(MachineError, match="another run is writing"),
+    ):
+        finetune(config)
     with pytest.raises(ConfigError, match=r"another configuration \(epochs differ\)"):
         finetune(replace(config, epochs=3))
 

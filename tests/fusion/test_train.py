@@ -14,7 +14,7 @@ import torch
 
 from dafm_ray.cli import main
 from dafm_ray.config import FusionConfig, NetworkConfig, Recipe
-from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.errors import ConfigError, DataError, MachineError
 from dafm_ray.fusion.artefact import load_artefact
 from dafm_ray.fusion.bank import banked_convex
 from dafm_ray.fusion.fit import fit
@@ -24,7 +24,9 @@ from dafm_ray.fusion.rank import masked_scores, scores_of
 from dafm_ray.fusion.static import Convex
 from dafm_ray.fusion.train import build, folds_of, open_inputs, open_stores, prepare, train_fusion
 from dafm_ray.job import train_fusion_job
+from dafm_ray.tiles.lease import writing
 from dafm_ray.tiles.manifest import Grid
+from dafm_ray.tiles.storage import open_storage
 from tests.samples import labelled_dataset, score_store
 
 MODELS = ("a", "b", "c")
@@ -209,6 +211,15 @@ def test_an_artefact_is_refused_where_it_does_not_belong(trained, stores, tmp_pa
     )
     with pytest.raises(DataError, match="model a has other weights"):
         replace(artefact, about=replace(artefact.about, stores=(changed,))).on(stores[1])
+
+
+@pytest.mark.timeout(170)
+def test_of_two_trainings_in_one_folder_the_second_stops(trained, config):
+    with (
+        writing(open_storage(config.out)),
+        pytest.raises(MachineError, match="another run is writing"),
+    ):
+        train_fusion(config)
 
 
 @pytest.mark.timeout(170)
