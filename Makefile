@@ -50,6 +50,9 @@ second-paper-fashioniq: second-paper
 	$(BIN)/dafm evaluate $(addprefix $(STUDY)/fashioniq/,$(CATEGORIES)) --out $(STUDY)/fashioniq/report \
 		--fusion mean@zscore --start sum=image qformer=qformer-start dpo-paper=hidden \
 		dpo-corrected=sum-half listwise=sum-half
+	$(BIN)/dafm fuse train --config configs/fusion.yaml --set out=$(STUDY)/fashioniq/fused \
+		--set store='[$(foreach c,$(CATEGORIES),$(STUDY)/fashioniq/$c,)]' \
+		--set models='[image, text, sum, searle, qformer, dpo-corrected, listwise]'
 
 test: $(READY)
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
