@@ -19,7 +19,8 @@ from dafm_ray.errors import ConfigError
 from dafm_ray.finetune.config import FinetuneConfig, MineConfig
 
 VALUES = {
-    "dataset": {"name": "icons", "split": "val"},
+    "dataset": {"name": "icons",
+        "icons_shortlist", "split": "val"},
     "models": [{"name": "a", "id": "clip4cir:sum@random"}],
     "store": "runs/x",
 }
