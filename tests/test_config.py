@@ -19,8 +19,7 @@ from dafm_ray.errors import ConfigError
 from dafm_ray.finetune.config import FinetuneConfig, MineConfig
 
 VALUES = {
-    "dataset": {"name": "icons",
-        "icons_shortlist", "split": "val"},
+    "dataset": {"name": "icons", "split": "val"},
     "models": [{"name": "a", "id": "clip4cir:sum@random"}],
     "store": "runs/x",
 }
@@ -145,6 +144,7 @@ SHIPPED = {
         "cirr",
         "fashioniq",
         "icons",
+        "icons_shortlist",
         "own_folder",
         "second_paper",
         "second_paper_fashioniq",
