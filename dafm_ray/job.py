@@ -155,6 +155,7 @@ def train_fusion_job(config: FusionConfig) -> int:
             fusions=("mean@zscore", out),
             cases=config.cases,
             seed=config.seed,
+            models=config.models,
         )
     )
     record_metrics(out, {row.name: row.metrics for row in evaluation.table.rows})
