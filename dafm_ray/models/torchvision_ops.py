@@ -7,7 +7,11 @@ themselves stay unavailable, and nothing here calls them.
 """
 
 import sys
+import threading
 from typing import Any
+
+_one_at_a_time = threading.Lock()
+"""A thread that finds a half-imported torchvision fails."""
 
 
 def make_torchvision_importable() -> None:
@@ -15,8 +19,12 @@ def make_torchvision_importable() -> None:
 
     Call it before the first import of open_clip, timm or transformers in a process.
     """
-    if "torchvision" in sys.modules:
-        return
+    with _one_at_a_time:
+        if "torchvision" not in sys.modules:
+            _import()
+
+
+def _import() -> None:
     try:
         import torchvision
     except RuntimeError:

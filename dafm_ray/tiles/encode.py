@@ -5,6 +5,7 @@ number of sub-models, and pass from pool to pool; each pool preprocesses, encode
 own block. A block's shape does not depend on the number of actors, so neither do its features.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -236,6 +237,7 @@ class Encoder:
     ) -> None:
         one_thread()
         self.parts = parts
+        self._one_at_a_time = threading.Lock()
         self.pool = pool
         self.last = last
         self._forwards: dict[tuple[Precision, int], Forward] = {}
@@ -259,8 +261,12 @@ class Encoder:
         return self._forwards[how]
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Commit the block if this model has not; pass the unit on, or a count at the end."""
-        return staged(self._encode, table)
+        """Commit the block if this model has not; pass the unit on, or a count at the end.
+
+        Ray Data calls an actor again from another thread when it takes a unit for lost.
+        """
+        with self._one_at_a_time:
+            return staged(self._encode, table)
 
     def _encode(self, unit: Unit) -> Unit | Encoded:
         if self.pool.name in unit.todo:

@@ -165,7 +165,7 @@ def test_a_node_that_dies_five_times_changes_nothing(
     assert "lightfusion" in done(submitted("jobs/train_fusion.py", "--config", str(trained)))
     tuned = tmp_path / "tune.yaml"
     tuned.write_text(
-        f"kind: static\nfusion: {{store: {store}}}\nout: {place('study')}\n"
+        f'kind: static\nfusion: {{store: "{store}"}}\nout: {place("study")}\n'
         "spaces: [{system: [mean@zscore, rrf]}]\n"
     )
     assert "study:" in done(submitted("jobs/tune_fusion.py", "--config", str(tuned)))
