@@ -27,7 +27,8 @@ demo: $(READY)
 
 # Each training and store goes on where it stopped.
 STUDY := runs/second-paper
-FUSED := image text sum oti searle qformer dpo-corrected listwise
+FUSED := image text sum oti searle qformer dpo-paper dpo-corrected listwise
+comma := ,
 second-paper: $(READY)
 	for job in icons_clip icons_searle qformer_icons dpo_icons_paper dpo_icons_corrected listwise_icons; do \
 		$(BIN)/dafm finetune --config configs/$$job.yaml || exit; done
@@ -52,7 +53,7 @@ second-paper-fashioniq: second-paper
 		dpo-corrected=sum-half listwise=sum-half
 	$(BIN)/dafm fuse train --config configs/fusion.yaml --set out=$(STUDY)/fashioniq/fused \
 		--set store='[$(foreach c,$(CATEGORIES),$(STUDY)/fashioniq/$c,)]' \
-		--set models='[image, text, sum, searle, qformer, dpo-corrected, listwise]'
+		--set models='[$(foreach m,$(FUSED),$(m)$(comma))]'
 
 test: $(READY)
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -113,7 +113,7 @@ def plan_job(config: PrecomputeConfig) -> int:
 def retrieve_job(config: RetrieveConfig) -> int:
     """Rank every query of a data set with one sub-model and an exact index of the gallery."""
     from dafm_ray.search.encode import QUARANTINE
-    from dafm_ray.search.retrieve import RANKINGS, retrieve
+    from dafm_ray.search.retrieve import METRICS, RANKINGS, retrieve
 
     found = retrieve(config)
     counted, measured = found.metrics, found.latency
@@ -121,7 +121,10 @@ def retrieve_job(config: RetrieveConfig) -> int:
         percents = "  ".join(f"{name} {value:.1f}" for name, value in counted["metrics"].items())
         print(f"protocol {counted['protocol']}, {counted['queries']} queries: {percents}")
     if counted["texts_cut"]:
-        say(f"{len(counted['texts_cut'])} texts are too long for the model and were cut")
+        say(
+            f"{len(counted['texts_cut'])} texts are too long for the model and were cut; their "
+            f"queries stand in {found.out / METRICS} (texts_cut)"
+        )
     print(f"index of {measured['gallery']} images, {measured['index']}")
     for part in ("encode", "search"):
         spent = "  ".join(f"{name} {ms:.2f} ms" for name, ms in measured[f"{part}_ms"].items())

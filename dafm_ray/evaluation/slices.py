@@ -60,6 +60,18 @@ def _categories(queries: Sequence[Query]) -> list[Slice]:
     ]
 
 
+def by_mention(queries: Sequence[Query]) -> list[Slice]:
+    """Texts that mention a colour or a pattern, where there are enough, and the other texts; empty
+    if there are not enough.
+    """
+    found = _mentions(queries)
+    if not found:
+        return []
+    rest = set(range(len(queries))).difference(*(part.queries.tolist() for part in found))
+    others = [Slice("other texts", np.array(sorted(rest), dtype=np.int64))] if rest else []
+    return [*found, *others]
+
+
 def _mentions(queries: Sequence[Query]) -> list[Slice]:
     texts = [" ".join(query.captions).lower() for query in queries]
     found = [

@@ -40,7 +40,7 @@ from dafm_ray.report.notes import footing_notes, summary_notes
 from dafm_ray.report.page import render
 from dafm_ray.report.ranked import rank_all
 from dafm_ray.report.results import result_table
-from dafm_ray.report.sections import breakdown, contributions, write_sections
+from dafm_ray.report.sections import breakdown, by_text, contributions, write_sections
 from dafm_ray.report.starts import Standings, compare_with_starts, refuse_unknown_starts
 from dafm_ray.report.stores import refuse_unlike
 from dafm_ray.report.tables import Table, to_csv, to_latex, to_markdown
@@ -119,6 +119,7 @@ def evaluate(config: EvaluateConfig, opened: Sequence[TileStore] | None = None) 
         *([standings.section()] if standings else []),
         *contributions(ablations, summaries, resampling),
         *breakdown(counted, table, summaries, resampling),
+        *by_text(counted, table, summaries, resampling),
     ]
     figures = [_curves(table, summaries), *drawn, *temperature_figures(config.fusions)]
     ranks = [{one.name: _ranks(one.ranks) for one in part} for part in ranked.parts]

@@ -10,7 +10,7 @@ from dafm_ray.datasets.base import Query
 from dafm_ray.evaluation.metrics import Floats
 from dafm_ray.evaluation.protocols import HEADLINE
 from dafm_ray.evaluation.significance import Paired, Resampling, compare
-from dafm_ray.evaluation.slices import slices
+from dafm_ray.evaluation.slices import by_mention, slices
 from dafm_ray.evaluation.summary import Summary
 from dafm_ray.fusion.ablation import Without
 from dafm_ray.report.findings import Section
@@ -95,6 +95,37 @@ def breakdown(
     header = ("queries", "number", *names, _DIFFERENCE, "win/tie/loss")
     section = Section("Where it helps", text, header, tuple(rows), differences=(_DIFFERENCE,))
     return [section] if rows else []
+
+
+def by_text(
+    queries: Sequence[Query], table: Table, summaries: dict[str, Summary], resampling: Resampling
+) -> list[Section]:
+    """The headline metric of every system where the text mentions a colour or a pattern.
+
+    Args:
+        queries: that are counted.
+        table: says which systems there are.
+        summaries: name -> numbers of the system.
+        resampling: of the queries.
+    """
+    parts = by_mention(queries)
+    if not parts:
+        return []
+    rows = tuple(
+        (
+            row.name,
+            *(
+                f"{100 * resampling.mean(_only(summaries[row.name], part.queries)):.2f}"
+                for part in parts
+            ),
+        )
+        for row in table.systems
+    )
+    text = (
+        f"{HEADLINE} of every system where the text mentions a colour or a pattern, and elsewhere."
+    )
+    header = ("system", *(f"{part.name} ({len(part.queries):,})" for part in parts))
+    return [Section("What the text is about", text, header, rows)]
 
 
 def write_sections(sections: Sequence[Section], folder: Path) -> None:

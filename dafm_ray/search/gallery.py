@@ -1,7 +1,7 @@
 """The index of a data set's gallery under one model, made once and kept."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dafm_ray.datasets.base import Dataset, ImageSource, digest
@@ -29,24 +29,36 @@ def identity_of(model_id: str) -> str:
 
 
 def index_digest(identity: str, dataset: Dataset) -> str:
-    """Digest of what an index is made from. Images are known by their names and by where they lie;
-    one that is replaced under its name is not noticed.
+    """Digest of what an index is made from. Files are known by their names, sizes and times of
+    change: none of them is opened.
 
     Args:
         identity: of the model, see `identity_of`.
         dataset: whose gallery.
     """
     gallery = dataset.gallery
-    place = _place(dataset.source)
-    return digest([identity, dataset.name, place, gallery.digest, digest(gallery.locators)])
+    images = digest([f"{at} {_state(dataset.source, at)}" for at in gallery.locators])
+    return digest([identity, dataset.name, _place(dataset.source), gallery.digest, images])
 
 
 def _place(source: ImageSource) -> str:
     if isinstance(source, Files):
         return str(Path(source.root).resolve())
     if isinstance(source, ShardedImages):
-        return digest(source.shards)
+        infos = source.filesystem.get_file_info(list(source.shards))
+        return digest([f"{info.path} {info.size} {info.mtime_ns}" for info in infos])
     return type(source).__qualname__
+
+
+def _state(source: ImageSource, locator: str) -> str:
+    """What changes when an image file is replaced under its name; empty if it is in a shard, or
+    missing.
+    """
+    if isinstance(source, Files):
+        with suppress(OSError, ValueError):
+            stat = (Path(source.root) / locator).stat()
+            return f"{stat.st_size} {stat.st_mtime_ns}"
+    return ""
 
 
 def gallery_index(

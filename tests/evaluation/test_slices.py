@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dafm_ray.datasets.base import Query
-from dafm_ray.evaluation.slices import slices
+from dafm_ray.evaluation.slices import by_mention, slices
 
 
 def queries(lengths, categories=None):
@@ -57,5 +57,9 @@ def test_texts_that_mention_a_colour_or_a_pattern_are_parts():
     found = {part.name: part.queries.tolist() for part in slices(asked)}
     assert found["mention a colour"] == [n for n in range(120) if n % 4 in (0, 2)]
     assert found["mention a pattern"] == [n for n in range(120) if n % 4 in (1, 2)]
+    parts = by_mention(asked)
+    assert [part.name for part in parts] == ["mention a colour", "mention a pattern", "other texts"]
+    assert parts[-1].queries.tolist() == [n for n in range(120) if n % 4 == 3]
+    assert not by_mention(asked[:40])
     assert not any("mention" in part.name for part in slices(asked[:40]))
     assert not any("mention" in part.name for part in slices(asked[::4]))

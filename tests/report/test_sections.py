@@ -2,6 +2,7 @@ import csv
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from dafm_ray.config import EvaluateConfig
@@ -13,7 +14,7 @@ from dafm_ray.report.findings import Section
 from dafm_ray.report.ranked import rank_all
 from dafm_ray.report.results import result_table
 from dafm_ray.report.sections import breakdown, contributions
-from tests.samples import labelled_dataset, matrix_store, score_matrix
+from tests.samples import labelled_dataset, matrix_store, score_matrix, score_store
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +112,26 @@ def test_the_report_shows_them(measured):
     text = measured[-1].report.read_text(encoding="utf-8")
     assert "What each model is worth" in text
     assert "Where it helps" in text
+
+
+def test_kinds_of_text_have_a_column_and_every_system_a_row(tmp_path):
+    texts = ["in red", "with stripes", "longer"]
+    dataset = labelled_dataset(40, 120)
+    asked = [replace(q, captions=(texts[n % 3],)) for n, q in enumerate(dataset.queries)]
+    store = score_store(
+        tmp_path / "s", replace(dataset, queries=tuple(asked)), ("a", "b"), signal=1.0
+    )
+    evaluate(EvaluateConfig(store.uri, str(tmp_path / "out"), ("mean@zscore",), cases=0))
+    with (tmp_path / "out" / "tables" / "what_the_text_is_about.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == [
+        "system",
+        "mention a colour (40)",
+        "mention a pattern (40)",
+        "other texts (40)",
+    ]
+    assert [row[0] for row in rows[1:]] == ["a", "b", "mean@zscore"]
+    ranks = pq.read_table(tmp_path / "out" / "ranks.parquet").to_pylist()
+    red = {query.id for query in asked if query.captions == ("in red",)}
+    hits = sum(r["rank"] <= 10 for r in ranks if r["system"] == "a" and r["query"] in red)
+    assert rows[1][1] == f"{100 * hits / 40:.2f}"

@@ -1,13 +1,17 @@
+import io
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from dafm_ray.config import DatasetConfig
+from dafm_ray.datasets.images import Files
+from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.models.registry import load_model
 from dafm_ray.search.gallery import gallery_index, identity_of, index_digest
-from tests.samples import image_folder, open_folder, picture
+from tests.samples import image_folder, open_folder, picture, tar_shard
 
 TINY = "clip4cir:sum@random-tiny"
 
@@ -20,6 +24,12 @@ def dataset(tmp_path):
 @pytest.fixture(scope="module")
 def model():
     return load_model(TINY)
+
+
+def png(seed):
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def made(model, dataset, cache, identity="a"):
@@ -36,15 +46,43 @@ def test_the_index_holds_the_gallery_in_stored_order(model, dataset):
     np.testing.assert_allclose(index.vectors, expected, atol=1e-6)
 
 
-def test_a_kept_index_is_used_without_encoding(model, dataset, tmp_path):
+def test_a_kept_index_is_used_without_opening_an_image(model, dataset, tmp_path, monkeypatch):
     first, _ = made(model, dataset, tmp_path / "cache")
-    for file in (tmp_path / "images").glob("*.png"):
-        file.unlink()
+    monkeypatch.setattr(Files, "open", None)
     again, built = made(model, dataset, tmp_path / "cache")
     assert not built
     np.testing.assert_array_equal(again.vectors, first.vectors)
+
+
+def test_without_images_there_is_no_index(model, dataset, tmp_path):
+    for file in (tmp_path / "images").glob("*.png"):
+        file.unlink()
     with pytest.raises(DataError, match=r"12 cannot: .*: the file is missing"):
-        made(model, dataset, tmp_path / "cache", "other weights")
+        made(model, dataset, tmp_path / "cache")
+
+
+def test_an_image_that_is_replaced_under_its_name_is_noticed(model, dataset, tmp_path):
+    first, _ = made(model, dataset, tmp_path / "cache")
+    one, other = tmp_path / "images" / "003.png", tmp_path / "images" / "004.png"
+    content = one.read_bytes(), other.read_bytes()
+    one.write_bytes(content[1])
+    other.write_bytes(content[0])
+    again, built = made(model, dataset, tmp_path / "cache")
+    assert built
+    order = list(dataset.gallery.ids)
+    places = [order.index(name) for name in ("003.png", "004.png")]
+    np.testing.assert_array_equal(again.vectors[places], first.vectors[places[::-1]])
+
+
+def test_a_shard_that_is_replaced_under_its_name_is_noticed(model, tmp_path):
+    members = [(f"{n:03d}.png", png(n)) for n in range(4)]
+    tar_shard(tmp_path / "a.tar", members)
+    root = image_folder(tmp_path / "images", 4, 2)
+    config = DatasetConfig("folder", root=str(root), images=str(tmp_path / "a.tar"))
+    assert made(model, load_dataset(config), tmp_path / "cache")[1]
+    assert not made(model, load_dataset(config), tmp_path / "cache")[1]
+    tar_shard(tmp_path / "a.tar", [(name, png(9 + n)) for n, (name, _) in enumerate(members)])
+    assert made(model, load_dataset(config), tmp_path / "cache")[1]
 
 
 def test_other_weights_another_gallery_or_folder_are_another_index(model, dataset, tmp_path):
