@@ -23,6 +23,7 @@ FUSION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.timeout(170)
 def test_a_fusion_is_trained_and_used_on_s3(object_store, tmp_path, monkeypatch, capsys):
