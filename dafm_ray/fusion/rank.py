@@ -60,16 +60,17 @@ def scores_of(store: TileStore, rows_B: Ints, masked: bool = True) -> Scores:
         (M, B, N) float32, NaN where a candidate is excluded or was not scored.
     """
     step = store.manifest.grid.tile_queries
-    parts = []
-    for block in np.unique(rows_B // step):
+    blocks = np.unique(rows_B // step).tolist()
+    width = store.width
+    if store.manifest.shortlist:  # its blocks differ in width
+        width = max((store.shortlist(block).shape[1] for block in blocks), default=width)
+    scores_MBN = np.empty((len(store.models), len(rows_B), width), np.float32)
+    for block in blocks:
         asked = np.flatnonzero(rows_B // step == block)
         rows = rows_B[asked]
-        parts.append((asked, _masked(store, int(block), rows % step, rows.tolist(), masked)))
-    # Of a shortlist blocks differ in width.
-    width = max((own_MBN.shape[-1] for _, own_MBN in parts), default=store.width)
-    scores_MBN = np.full((len(store.models), len(rows_B), width), np.nan, np.float32)
-    for asked, own_MBN in parts:
+        own_MBN = _masked(store, block, rows % step, rows.tolist(), masked)
         scores_MBN[:, asked, : own_MBN.shape[-1]] = own_MBN
+        scores_MBN[:, asked, own_MBN.shape[-1] :] = np.nan
     return scores_MBN
 
 
