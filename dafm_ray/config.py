@@ -620,18 +620,31 @@ def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a wrong type.
     """
-    file = Path(path)
+    values = read_yaml(path, "the configuration ")
+    for override in overrides:
+        _set(values, override)
+    return parse_config(kind, values, str(path))
+
+
+def read_yaml(path: str | Path, what: str = "") -> dict[str, Any]:
+    """The keys and values of a file.
+
+    Args:
+        path: of the file.
+        what: it is, for the message.
+
+    Raises:
+        ConfigError: no such file, or not YAML.
+    """
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot read {what}{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold `key: value` lines")
-    for override in overrides:
-        _set(values, override)
-    return parse_config(kind, values, str(path))
+    return values
 
 
 def parse_config(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dafm_ray.config import (
     EvaluateConfig,
     FusionConfig,
@@ -21,6 +19,7 @@ from dafm_ray.config import (
     RetrieveConfig,
     StudyConfig,
     load_config,
+    read_yaml,
 )
 from dafm_ray.errors import DONE, ConfigError, MachineError
 from dafm_ray.finetune.config import FinetuneConfig, MineConfig
@@ -105,16 +104,7 @@ class Submission:
         Raises:
             ConfigError: the file cannot be read.
         """
-        values: dict[str, Any] = {}
-        if self.runtime_env is not None:
-            try:
-                values = yaml.safe_load(self.runtime_env.read_text(encoding="utf-8"))
-            except OSError as error:
-                raise ConfigError(f"cannot read {self.runtime_env}: {error.strerror}") from None
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{self.runtime_env} is not YAML: {error}") from None
-            if not isinstance(values, dict):
-                raise ConfigError(f"{self.runtime_env} must hold `key: value` lines")
+        values = read_yaml(self.runtime_env) if self.runtime_env else {}
         return {**values, "working_dir": str(self.working_dir.resolve())}
 
 

@@ -8,6 +8,7 @@ last one, which holds no score, and normalisations take the moments of the whole
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dafm_ray.evaluation.metrics import Ints, columns_of
 from dafm_ray.fusion.normalise import Moments
@@ -51,6 +52,13 @@ def _listed(store: TileStore, rows_B: Sequence[int] | Ints) -> list[Ints]:
     step = store.manifest.grid.tile_queries
     blocks = {block: store.shortlist(block) for block in {int(q) // step for q in rows_B}}
     return [blocks[int(q) // step][int(q) % step] for q in rows_B]
+
+
+def listed_targets(store: TileStore) -> NDArray[np.bool_]:
+    """(queries with a target,) whether one of its targets is on the query's list."""
+    rows = [q for q, query in enumerate(store.queries) if query.targets]
+    columns_QT = columns_in(store, rows, [store.queries[q].targets for q in rows])
+    return np.asarray((positions_in(store, rows, columns_QT) >= 0).any(axis=1))
 
 
 def moments_of(store: TileStore) -> Moments | None:

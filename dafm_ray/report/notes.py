@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dafm_ray.evaluation.metrics import UNRANKED
 from dafm_ray.evaluation.protocols import HEADLINE
 from dafm_ray.evaluation.summary import Summary
-from dafm_ray.fusion.candidates import columns_in, positions_in
+from dafm_ray.fusion.candidates import listed_targets
 from dafm_ray.fusion.static import Convex
 from dafm_ray.fusion.systems import Systems
 from dafm_ray.report.tables import Row, Table
@@ -51,12 +51,11 @@ def _shortlists(stores: Sequence[TileStore]) -> Iterator[str]:
     for store in stores:
         k = store.manifest.shortlist
         if k:
-            rows = [q for q, query in enumerate(store.queries) if query.targets]
-            columns_QT = columns_in(store, rows, [store.queries[q].targets for q in rows])
-            listed = int((positions_in(store, rows, columns_QT) >= 0).any(axis=1).sum())
+            listed_Q = listed_targets(store)
+            lost = int((~listed_Q).sum())
             yield (
                 f"{store.manifest.title} keeps the first {k} candidates of each of "
-                f"{len(store.manifest.models)} models: {len(rows) - listed:,} of {len(rows):,} "
+                f"{len(store.manifest.models)} models: {lost:,} of {len(listed_Q):,} "
                 "targets are in no list and count as misses, and groups are not ranked."
             )
 

@@ -22,6 +22,7 @@ from dafm_ray.session import (
     Row,
     available_cpus,
     available_gpus,
+    cpu_resources,
     ensure_ray,
     explained,
     finished,
@@ -262,14 +263,13 @@ def _measured(config: PrecomputeConfig, pool: ModelConfig, gpus: float) -> Model
         return ModelPlan(settled, 0.0, 0, 0, 0.0, 0.0)
     share = (1.0 if gpus else 0.0) if pool.num_gpus == "auto" else pool.num_gpus
     check_gpus([replace(pool, num_gpus=share, actors=1)], gpus)
-    remote = ray.remote(num_cpus=1, num_gpus=share)(_measure_row)
+    resources = {} if share else cpu_resources()
+    remote = ray.remote(num_cpus=1, num_gpus=share, resources=resources)(_measure_row)
     row = {"pool": pool, "config": config, "gpus": share}
     found: ModelPlan = finished(ray.get(remote.remote(row)))["plan"]
-    return (
-        found
-        if pool.num_gpus == "auto"
-        else replace(found, pool=replace(found.pool, num_gpus=share))
-    )
+    if pool.num_gpus == "auto":
+        return found
+    return replace(found, pool=replace(found.pool, num_gpus=share))
 
 
 def _measure_row(row: Row) -> Row:
@@ -315,7 +315,9 @@ def _decode_s(dataset: Dataset) -> float:
 
     step = max(1, len(dataset.gallery) // SAMPLE)
     locators = dataset.gallery.locators[::step][:SAMPLE]
-    seconds: float = ray.get(ray.remote(num_cpus=1)(_decoded).remote(dataset.source, locators))
+    seconds: float = ray.get(
+        ray.remote(num_cpus=1, resources=cpu_resources())(_decoded).remote(dataset.source, locators)
+    )
     return seconds
 
 

@@ -1,13 +1,12 @@
 """What does ranking shortlists lose against ranking all candidates?"""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.evaluation.metrics import Ints, rank_targets
 from dafm_ray.evaluation.protocols import HEADLINE
 from dafm_ray.fusion.base import Fusion
-from dafm_ray.fusion.candidates import columns_in, positions_in
+from dafm_ray.fusion.candidates import columns_in, listed_targets, positions_in
 from dafm_ray.fusion.rank import masked_scores, top_candidates
 from dafm_ray.fusion.systems import Maker
 from dafm_ray.progress import progress
@@ -42,7 +41,7 @@ def audit_shortlist(short: TileStore, whole: TileStore, fusion: str) -> Audit:
         for k in DEPTHS
         if k <= min(len(whole.gallery_ids), short.manifest.shortlist)
     }
-    listed_Q = _listed(short)
+    listed_Q = listed_targets(short)
     listed = float(listed_Q.mean()) if len(listed_Q) else float("nan")
     recalls = [100 * float(np.mean(own_Q)) if len(own_Q) else float("nan") for own_Q in hits]
     widths = [(short.shortlist(q) >= 0).sum(axis=1).mean() for q in range(len(short.tile_rows))]
@@ -105,11 +104,3 @@ def _ranked(store: TileStore, fusion: str) -> tuple[Ints, list[bool]]:
 def _shared(one: Ints, other: Ints) -> float:
     there = other[other >= 0]
     return float(np.isin(there, one).mean()) if len(there) else 1.0
-
-
-def _listed(store: TileStore) -> NDArray[np.bool_]:
-    """Of the queries with a target: whether one of them is on the query's list."""
-    rows = [q for q, query in enumerate(store.queries) if query.targets]
-    columns_QT = columns_in(store, rows, [store.queries[q].targets for q in rows])
-    positions_QT = positions_in(store, rows, columns_QT)
-    return np.asarray((positions_QT >= 0).any(axis=1))
