@@ -13,7 +13,7 @@ from dafm_ray.fusion.study import settings_of
 from dafm_ray.fusion.trial import run_trial
 from dafm_ray.fusion.tune import run_study
 from dafm_ray.session import ensure_ray, one_thread
-from dafm_ray.tiles.storage import open_storage
+from dafm_ray.storage import open_storage
 
 TRIALS, AT_ONCE = 16, 2
 QUERIES, CANDIDATES = 1500, 1500

@@ -694,7 +694,7 @@ def _tiles_bank(arguments: argparse.Namespace) -> int:
 
 
 def _tiles_verify(arguments: argparse.Namespace) -> int:
-    from dafm_ray.tiles.lease import writing
+    from dafm_ray.lease import writing
     from dafm_ray.tiles.store import TileStore
 
     store = TileStore(arguments.store)

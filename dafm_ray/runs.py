@@ -12,10 +12,10 @@ import yaml
 
 from dafm_ray.config import parse_config, to_yaml
 from dafm_ray.errors import ConfigError, DafmError
+from dafm_ray.lease import writing
 from dafm_ray.progress import followed, status_line
 from dafm_ray.session import available_cpus, available_gpus, cpu_resources
-from dafm_ray.tiles.lease import writing
-from dafm_ray.tiles.storage import Storage, open_storage
+from dafm_ray.storage import Storage, open_storage
 from dafm_ray.uris import shown
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pyarrow import fs
 
 from dafm_ray.errors import ConfigError, MachineError
 from dafm_ray.remote import Backoff, PatientS3, may_pass, open_filesystem, retried
-from dafm_ray.tiles.storage import RemoteStorage, open_storage, results
+from dafm_ray.storage import RemoteStorage, open_storage, results
 from tests.object_store import every
 
 

@@ -34,7 +34,7 @@ from dafm_ray.models.checkpoints import TRAINED_ON, trained_on
 from dafm_ray.models.registry import resolve
 from dafm_ray.runs import claimed, refuse_larger, run_workers, write_status
 from dafm_ray.session import ensure_ray
-from dafm_ray.tiles.storage import Storage, open_storage, results
+from dafm_ray.storage import Storage, open_storage, results
 
 SELECTION = "R@10"
 WEIGHTS = "weights.safetensors"

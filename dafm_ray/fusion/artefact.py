@@ -32,8 +32,8 @@ from dafm_ray.fusion.learned import Learned, OutOfFold, mean_network
 from dafm_ray.fusion.lightfusion import LightFusion, Shape
 from dafm_ray.fusion.reference import References
 from dafm_ray.fusion.static import Convex
+from dafm_ray.storage import open_storage, results
 from dafm_ray.tiles.manifest import ModelEntry
-from dafm_ray.tiles.storage import open_storage, results
 from dafm_ray.tiles.store import TileStore
 from dafm_ray.uris import join, shown
 

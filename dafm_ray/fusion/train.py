@@ -39,7 +39,7 @@ from dafm_ray.fusion.stacking import has_seen
 from dafm_ray.fusion.temperature import in_score_units
 from dafm_ray.runs import claimed, refuse_larger, run_workers, write_status
 from dafm_ray.session import ensure_ray
-from dafm_ray.tiles.storage import Storage, open_storage, results
+from dafm_ray.storage import Storage, open_storage, results
 from dafm_ray.tiles.store import TileStore
 from dafm_ray.uris import shown
 

@@ -41,8 +41,8 @@ from dafm_ray.fusion.train import (
     traces_of,
 )
 from dafm_ray.progress import progress
+from dafm_ray.storage import Storage
 from dafm_ray.tiles.forward import device_of
-from dafm_ray.tiles.storage import Storage
 from dafm_ray.tiles.store import TileStore
 
 TRIALS = "trials"

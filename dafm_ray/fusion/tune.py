@@ -27,6 +27,7 @@ from dafm_ray.fusion.trial import (
     run_trial,
     summaries_of,
 )
+from dafm_ray.lease import writing
 from dafm_ray.progress import Progress, progress
 from dafm_ray.runs import CONFIG, refuse_other
 from dafm_ray.session import (
@@ -36,8 +37,7 @@ from dafm_ray.session import (
     ensure_ray,
     one_thread,
 )
-from dafm_ray.tiles.lease import writing
-from dafm_ray.tiles.storage import Storage, open_storage
+from dafm_ray.storage import Storage, open_storage
 from dafm_ray.tiles.store import TileStore
 
 _MACHINE = frozenset({"cpus", "gpus"})

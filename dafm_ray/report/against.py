@@ -16,8 +16,8 @@ from dafm_ray.evaluation.protocols import HEADLINE
 from dafm_ray.evaluation.significance import Paired, Resampling, compare
 from dafm_ray.evaluation.summary import Summary, SystemRanks
 from dafm_ray.report.findings import Cells, Section
+from dafm_ray.storage import open_storage
 from dafm_ray.tiles.manifest import Manifest
-from dafm_ray.tiles.storage import open_storage
 from dafm_ray.uris import above, join, last_part, shown
 
 METRICS, RANKS = "metrics.json", "ranks.parquet"

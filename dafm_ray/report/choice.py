@@ -29,7 +29,7 @@ from dafm_ray.fusion.tune import Studied
 from dafm_ray.report.evaluate import evaluate
 from dafm_ray.report.figures import Figure, scatter_figure, temperature_figure
 from dafm_ray.report.findings import Findings
-from dafm_ray.tiles.storage import LocalStorage, Storage
+from dafm_ray.storage import LocalStorage, Storage
 from dafm_ray.tiles.store import TileStore
 
 CHOSEN, BASELINE, YAML = "chosen", "baseline", "chosen.yaml"

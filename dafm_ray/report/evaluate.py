@@ -44,8 +44,8 @@ from dafm_ray.report.sections import breakdown, by_text, contributions, write_se
 from dafm_ray.report.starts import Standings, compare_with_starts, refuse_unknown_starts
 from dafm_ray.report.stores import refuse_unlike
 from dafm_ray.report.tables import Table, to_csv, to_latex, to_markdown
+from dafm_ray.storage import open_storage, results
 from dafm_ray.tiles.manifest import Manifest
-from dafm_ray.tiles.storage import open_storage, results
 from dafm_ray.tiles.store import TileStore
 from dafm_ray.uris import join, shown
 

@@ -16,7 +16,7 @@ import numpy as np
 from dafm_ray.errors import DataError
 from dafm_ray.evaluation.metrics import Ints
 from dafm_ray.fusion.artefact import is_artefact, read_trace
-from dafm_ray.tiles.storage import open_storage
+from dafm_ray.storage import open_storage
 from dafm_ray.uris import above, last_part, shown
 
 FIGURES = "figures"

@@ -20,8 +20,8 @@ from dafm_ray.report.figures import write_figures
 from dafm_ray.report.findings import Findings, Section
 from dafm_ray.report.lattice import find_in_orders
 from dafm_ray.report.templates import rendered
+from dafm_ray.storage import Storage, open_storage, results
 from dafm_ray.tiles.manifest import joint_title
-from dafm_ray.tiles.storage import Storage, open_storage, results
 from dafm_ray.uris import shown
 
 

@@ -33,13 +33,13 @@ from dafm_ray.datasets.base import (
 from dafm_ray.datasets.images import NoImages
 from dafm_ray.datasets.registry import read_dataset
 from dafm_ray.errors import ConfigError, DataError, unknown
+from dafm_ray.lease import writing
 from dafm_ray.progress import progress
+from dafm_ray.storage import Storage, open_storage
 from dafm_ray.tiles.blocks import Array, ScoresDigest
 from dafm_ray.tiles.export import read_export
 from dafm_ray.tiles.foreign import FLOATS, ForeignScores, read_systems
-from dafm_ray.tiles.lease import writing
 from dafm_ray.tiles.manifest import MADE_ELSEWHERE, Grid, ModelEntry, ScoreType
-from dafm_ray.tiles.storage import Storage, open_storage
 from dafm_ray.tiles.store import TileStore, score_key, spans
 
 Q_ROWS = PrecomputeConfig.tile_queries

@@ -28,12 +28,12 @@ from dafm_ray.session import (
     finished,
     one_thread,
 )
+from dafm_ray.storage import LocalStorage, open_storage
 from dafm_ray.tiles.encode import CPUS_A_DECODER
 from dafm_ray.tiles.forward import Forward, device_of
 from dafm_ray.tiles.preflight import Measured, check_gpus, measure
 from dafm_ray.tiles.shortlist import first_of
 from dafm_ray.tiles.similarity import padded, score_block
-from dafm_ray.tiles.storage import LocalStorage, open_storage
 
 SAMPLE = 32
 """Images that are decoded."""

@@ -13,17 +13,17 @@ from dafm_ray.datasets.base import Dataset
 from dafm_ray.datasets.images import ImageError
 from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import ConfigError
+from dafm_ray.lease import writing
 from dafm_ray.models.checkpoints import weights_digest
 from dafm_ray.models.registry import resolve
 from dafm_ray.progress import StatusWriter, progress
 from dafm_ray.session import available_gpus, ensure_ray, quiet_data
+from dafm_ray.storage import Storage, open_storage
 from dafm_ray.tiles.encode import Part, encode
-from dafm_ray.tiles.lease import writing
 from dafm_ray.tiles.manifest import Grid, ModelEntry
 from dafm_ray.tiles.preflight import settle
 from dafm_ray.tiles.shortlist import list_candidates
 from dafm_ray.tiles.similarity import score_tiles
-from dafm_ray.tiles.storage import Storage, open_storage
 from dafm_ray.tiles.store import ROLES, Failure, Role, TileStore
 from dafm_ray.tiles.unpack import unpack
 

@@ -32,10 +32,10 @@ import pyarrow as pa
 from dafm_ray.config import Precision
 from dafm_ray.datasets.base import Dataset, Query, digest, title_of
 from dafm_ray.errors import ConfigError, DataError, MachineError
+from dafm_ray.storage import Storage, open_storage
 from dafm_ray.tiles import blocks
 from dafm_ray.tiles.blocks import Array
 from dafm_ray.tiles.manifest import Grid, Manifest, ModelEntry, ScoreType, library_versions
-from dafm_ray.tiles.storage import Storage, open_storage
 
 Role = Literal["gallery", "queries"]
 ROLES: tuple[Role, ...] = ("gallery", "queries")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from dafm_ray.config import PrecomputeConfig, load_config
+from dafm_ray.storage import open_storage
 from dafm_ray.tiles.precompute import precompute
-from dafm_ray.tiles.storage import open_storage
 from dafm_ray.tiles.store import TileStore
 from tests.cluster.heads import free_port
 from tests.object_store import ObjectStore, every

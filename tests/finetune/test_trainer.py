@@ -13,10 +13,10 @@ from dafm_ray.config import DatasetConfig
 from dafm_ray.errors import ConfigError, DataError, MachineError
 from dafm_ray.finetune.config import FinetuneConfig
 from dafm_ray.finetune.trainer import UNFIT, build, finetune, save_weights, train
+from dafm_ray.lease import LEASE, writing
 from dafm_ray.models.checkpoints import trained_on, weights_digest
 from dafm_ray.models.registry import load_model
-from dafm_ray.tiles.lease import LEASE, writing
-from dafm_ray.tiles.storage import open_storage
+from dafm_ray.storage import open_storage
 from tests.samples import image_folder
 
 TOWERS = {

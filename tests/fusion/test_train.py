@@ -24,9 +24,9 @@ from dafm_ray.fusion.rank import masked_scores, scores_of
 from dafm_ray.fusion.static import Convex
 from dafm_ray.fusion.train import build, folds_of, open_inputs, open_stores, prepare, train_fusion
 from dafm_ray.job import train_fusion_job
-from dafm_ray.tiles.lease import writing
+from dafm_ray.lease import writing
+from dafm_ray.storage import open_storage
 from dafm_ray.tiles.manifest import Grid
-from dafm_ray.tiles.storage import open_storage
 from tests.samples import labelled_dataset, score_store
 
 MODELS = ("a", "b", "c")

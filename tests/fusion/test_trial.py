@@ -20,9 +20,9 @@ from dafm_ray.fusion.trial import (
     summary_of,
     values_of,
 )
+from dafm_ray.storage import open_storage
 from dafm_ray.tiles import blocks
 from dafm_ray.tiles.manifest import Grid
-from dafm_ray.tiles.storage import open_storage
 from dafm_ray.tiles.store import TileStore
 from tests.samples import labelled_dataset, score_store
 

@@ -24,8 +24,8 @@ from dafm_ray.fusion.trial import RECORD, TRIALS, VALUES, Trial, run_trial
 from dafm_ray.fusion.tune import ASKED, SCORES, Studied, run_study
 from dafm_ray.report.choice import choose_static
 from dafm_ray.report.study import report_study
+from dafm_ray.storage import open_storage
 from dafm_ray.tiles.manifest import Grid
-from dafm_ray.tiles.storage import open_storage
 from tests.samples import labelled_dataset, score_store
 
 pytestmark = pytest.mark.timeout(170)

@@ -13,7 +13,7 @@ from dafm_ray.models.checkpoints import (
     weights_digest,
 )
 from dafm_ray.models.registry import load_model
-from dafm_ray.tiles.storage import open_storage
+from dafm_ray.storage import open_storage
 
 
 class Opens:

@@ -20,8 +20,8 @@ from dafm_ray.report.answer import answer_page
 from dafm_ray.report.evaluate import evaluate
 from dafm_ray.report.figures import read_figure
 from dafm_ray.report.study import report_study
+from dafm_ray.storage import open_storage
 from dafm_ray.tiles.manifest import Grid
-from dafm_ray.tiles.storage import open_storage
 from dafm_ray.tiles.store import Failure, TileStore
 from tests.samples import cirr_dataset, labelled_dataset, picture, score_store
 

@@ -7,8 +7,8 @@ import pytest
 
 from dafm_ray.cli import main
 from dafm_ray.config import FusionConfig, NetworkConfig, Recipe, to_yaml
+from dafm_ray.storage import open_storage
 from dafm_ray.tiles.manifest import Grid
-from dafm_ray.tiles.storage import open_storage
 from tests.samples import labelled_dataset, score_store
 
 FUSION = {

@@ -21,11 +21,11 @@ from dafm_ray.datasets.shards import open_shards
 from dafm_ray.errors import DataError, MachineError
 from dafm_ray.fusion.fit import Share, fit
 from dafm_ray.fusion.train import build, folds_of, open_inputs, open_stores, prepare
+from dafm_ray.lease import writing
 from dafm_ray.remote import Backoff
-from dafm_ray.tiles.lease import writing
+from dafm_ray.storage import open_storage
 from dafm_ray.tiles.manifest import Grid, ModelEntry
 from dafm_ray.tiles.precompute import precompute
-from dafm_ray.tiles.storage import open_storage
 from dafm_ray.tiles.store import TileStore, score_key
 from tests.object_store import every
 from tests.samples import (

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 import pyarrow as pa
 
 from dafm_ray.errors import MachineError, refusals
-from dafm_ray.tiles.storage import LocalStorage, Storage
+from dafm_ray.storage import LocalStorage, Storage
 from dafm_ray.uris import shown
 
 LEASE = "lease.json"

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from dafm_ray.errors import ConfigError, MachineError, refusals
-from dafm_ray.tiles.storage import LocalStorage, open_storage
+from dafm_ray.storage import LocalStorage, open_storage
 
 
 def test_what_is_written_is_read_and_listed(tmp_path):

@@ -7,15 +7,15 @@ import time
 import pyarrow as pa
 import pytest
 
+from dafm_ray import lease
 from dafm_ray.errors import MachineError
-from dafm_ray.tiles import lease
-from dafm_ray.tiles.lease import writing
-from dafm_ray.tiles.storage import LocalStorage, RemoteStorage
+from dafm_ray.lease import writing
+from dafm_ray.storage import LocalStorage, RemoteStorage
 
 HOLD = """
 import sys, time
-from dafm_ray.tiles.lease import writing
-from dafm_ray.tiles.storage import LocalStorage
+from dafm_ray.lease import writing
+from dafm_ray.storage import LocalStorage
 with writing(LocalStorage(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
