@@ -37,7 +37,7 @@ from dafm_ray.job import (
     tune_fusion_job,
 )
 from dafm_ray.submit import ADDRESS, JOBS, Submission, submit
-from dafm_ray.uris import is_uri, local_path, refuse_uri, shown
+from dafm_ray.uris import is_uri, join, local_path, shown
 
 if TYPE_CHECKING:
     from dafm_ray.fusion.base import Fusion
@@ -164,13 +164,13 @@ def _parser() -> argparse.ArgumentParser:
     onnx = _add(fuse, "export", _fuse_export, "a trained fusion as an ONNX graph")
     onnx.add_argument("fusion", help="folder or URI of a trained fusion")
     onnx.add_argument(
-        "--to", type=_local, metavar="FILE", help="default: fusion.onnx in that folder"
+        "--to", default="", metavar="FILE", help="path or URI; default: fusion.onnx in that folder"
     )
 
     rank = _add(commands, "rank", _rank, "the first candidates of every query, as Parquet")
     _add_system_arguments(rank)
     rank.add_argument("--top", type=int, default=50, metavar="K", help="default: 50")
-    rank.add_argument("--out", required=True, type=_local, metavar="FILE", help="a Parquet file")
+    rank.add_argument("--out", required=True, metavar="FILE", help="a Parquet file, or a URI")
 
     search = _add(commands, "search", _search, "one query: an image and what shall differ")
     search.add_argument("store")
@@ -241,7 +241,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_system_arguments(write)
     write.add_argument("--metric", choices=LENGTHS, help="one file alone")
     write.add_argument(
-        "--out", required=True, type=_local, metavar="DIR", help="gets a file a metric, METRIC.json"
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="or URI; gets a file a metric, METRIC.json",
     )
     files = _add(submission, "check", _submission_check, "what is wrong with server files")
     files.add_argument("file", nargs="+", type=_local, help=".json or .json.gz")
@@ -271,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
         ingest.add_argument(f"--{name}", default="", help="of that data set")
     export = _add(tiles, "export", _tiles_export, "one Parquet file, a row a query")
     export.add_argument("store")
-    export.add_argument("--to", required=True, metavar="FILE")
+    export.add_argument("--to", required=True, metavar="FILE", help="path or URI")
 
     models = _group(commands, "models", "the sub-models")
     _add(models, "list", _models_list, "families that can be loaded")
@@ -428,24 +431,25 @@ def _fuse_tune(arguments: argparse.Namespace) -> int:
 def _fuse_export(arguments: argparse.Namespace) -> int:
     from dafm_ray.fusion.artefact import load_artefact
     from dafm_ray.fusion.onnx import export_onnx
+    from dafm_ray.storage import result_file
 
-    file = arguments.to
-    if file is None:
-        refuse_uri("FUSION", arguments.fusion, "say with --to where the graph goes")
-        file = Path(arguments.fusion) / "fusion.onnx"
-    export_onnx(load_artefact(arguments.fusion), file)
-    print(file)
+    where = arguments.to or join(arguments.fusion, "fusion.onnx")
+    with result_file(where) as file:
+        export_onnx(load_artefact(arguments.fusion), file)
+    print(shown(where))
     return DONE
 
 
 def _rank(arguments: argparse.Namespace) -> int:
     from dafm_ray.fusion.rankings import write_rankings
+    from dafm_ray.storage import result_file
 
     if arguments.top < 1:
         raise ConfigError(f"--top must be at least 1, not {arguments.top}")
     store, system = _store_and_system(arguments)
-    write_rankings(store, system, arguments.top, arguments.out)
-    print(f"{arguments.out}: {system.name}")
+    with result_file(arguments.out) as file:
+        write_rankings(store, system, arguments.top, file)
+    print(f"{shown(arguments.out)}: {system.name}")
     return DONE
 
 
@@ -468,14 +472,16 @@ def _store_and_system(arguments: argparse.Namespace) -> "tuple[TileStore, Fusion
 
 def _submission_write(arguments: argparse.Namespace) -> int:
     from dafm_ray.fusion.submit import write_submission
+    from dafm_ray.storage import results
 
     store, system = _store_and_system(arguments)
     metrics = [arguments.metric] if arguments.metric else list(LENGTHS)
-    checks = write_submission(store, system, arguments.out, metrics)
-    print(f"{arguments.out}: {system.name}")
+    with results(arguments.out, "") as folder:
+        checks = write_submission(store, system, folder, metrics)
+    print(f"{shown(arguments.out)}: {system.name}")
     for file, checked in checks.items():
         for line in checked.lines():
-            print(f"{file}: {line}")
+            print(f"{shown(join(arguments.out, file.name))}: {line}")
     return DONE
 
 
@@ -645,12 +651,13 @@ def _tiles_ingest(arguments: argparse.Namespace) -> int:
 
 
 def _tiles_export(arguments: argparse.Namespace) -> int:
+    from dafm_ray.storage import result_file
     from dafm_ray.tiles.export import export
     from dafm_ray.tiles.store import TileStore
 
-    refuse_uri("--to", arguments.to)
-    export(TileStore(arguments.store), arguments.to)
-    print(arguments.to)
+    with result_file(arguments.to) as file:
+        export(TileStore(arguments.store), str(file))
+    print(shown(arguments.to))
     return DONE
 
 

@@ -1,9 +1,10 @@
 """Local files that appear whole or not at all."""
 
 import csv
+import io
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,16 +30,22 @@ def replacing(file: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a table whole.
 
     Raises:
         MachineError: it cannot be written.
     """
-    with replacing(file) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+    write_text(file, csv_text(header, rows))
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as comma-separated values."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def write_text(file: Path, text: str) -> None:

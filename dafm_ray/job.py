@@ -123,7 +123,7 @@ def retrieve_job(config: RetrieveConfig) -> int:
     if counted["texts_cut"]:
         say(
             f"{len(counted['texts_cut'])} texts are too long for the model and were cut; their "
-            f"queries stand in {found.out / METRICS} (texts_cut)"
+            f"queries stand in {shown(join(found.out, METRICS))} (texts_cut)"
         )
     print(f"index of {measured['gallery']} images, {measured['index']}")
     for part in ("encode", "search"):
@@ -132,8 +132,8 @@ def retrieve_job(config: RetrieveConfig) -> int:
             f"{part}, one query at a time: {spent} "
             f"({measured['queries']} queries, {measured['device']}, {measured['threads']} threads)"
         )
-    print(f"rankings: {found.out / RANKINGS}")
-    return _exit_code(found.failures, str(found.out / QUARANTINE))
+    print(f"rankings: {shown(join(found.out, RANKINGS))}")
+    return _exit_code(found.failures, shown(join(found.out, QUARANTINE)))
 
 
 def evaluate_job(config: EvaluateConfig) -> int:
@@ -204,8 +204,8 @@ def negatives_job(config: MineConfig) -> int:
     for rule, removed in counts["removed"].items():
         print(f"{removed:10}  taken out: {rule}")
     print(f"{len(counts['without']):10}  queries left without any")
-    print(f"negatives: {found.out / NEGATIVES}")
-    return _exit_code(found.failures, str(found.out / QUARANTINE))
+    print(f"negatives: {shown(join(found.out, NEGATIVES))}")
+    return _exit_code(found.failures, shown(join(found.out, QUARANTINE)))
 
 
 def _shown(evaluation: "Evaluation") -> int:

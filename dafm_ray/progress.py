@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
+import pyarrow as pa
 from tqdm import tqdm
 
 from dafm_ray.errors import MachineError
+from dafm_ray.storage import Storage
 
 StatusWriter = Callable[[bytes], None]
+
+STATUS = "status.json"
 _INTERVAL_S = 1.0
 
 
@@ -110,6 +114,16 @@ def followed(stage: str, total: int, read: Callable[[], bytes], unit: str) -> It
     finally:
         finished.set()
         thread.join()
+
+
+def status_writer(*storages: Storage) -> StatusWriter:
+    """What stores the bytes of a `status.json`: in the folders of stores or results."""
+
+    def write(data: bytes) -> None:
+        for storage in storages:
+            storage.write(STATUS, pa.py_buffer(data))
+
+    return write
 
 
 def status_line(stage: str, done: int, total: int) -> bytes:

@@ -13,7 +13,7 @@ import yaml
 from dafm_ray.config import parse_config, to_yaml
 from dafm_ray.errors import ConfigError, DafmError
 from dafm_ray.lease import writing
-from dafm_ray.progress import followed, status_line
+from dafm_ray.progress import STATUS, followed, status_line, status_writer
 from dafm_ray.session import available_cpus, available_gpus, cpu_resources
 from dafm_ray.storage import Storage, open_storage
 from dafm_ray.uris import shown
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ray.train import Checkpoint
 
 CONFIG = "config.yaml"
-STATUS = "status.json"
 POLL_S = "0.25"
 """Ray Train's controller looks at its workers so often; by default every 2 s, and each report of an
 epoch waits for it."""
@@ -155,7 +154,7 @@ def run_workers(
 
 def write_status(out: str, stage: str, done: int, total: int) -> None:
     """Write a run's `status.json`, from one of its workers."""
-    open_storage(out).write(STATUS, pa.py_buffer(status_line(stage, done, total)))
+    status_writer(open_storage(out))(status_line(stage, done, total))
 
 
 def _end_at_once() -> None:

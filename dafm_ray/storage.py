@@ -7,7 +7,7 @@ rename, and an upload that fails is done again from its start. docs/storage.md s
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -18,7 +18,7 @@ from pyarrow import fs
 from dafm_ray.cache import open_cache
 from dafm_ray.errors import MachineError, refusals
 from dafm_ray.remote import OBJECT_STORES, Backoff, open_filesystem, retried
-from dafm_ray.uris import is_uri, join, local_path
+from dafm_ray.uris import above, is_uri, join, last_part, local_path
 
 T = TypeVar("T")
 
@@ -100,6 +100,37 @@ def results(out: str, last: str) -> Iterator[Path]:
         names = sorted(path.relative_to(root).as_posix() for path in files)
         for name in sorted(names, key=lambda name: name == last):
             storage.write(name, pa.py_buffer((root / name).read_bytes()))
+
+
+@contextmanager
+def result_file(where: str) -> Iterator[Path]:
+    """A local file to write; that of a URI is uploaded when it is written.
+
+    Args:
+        where: path or URI.
+    """
+    name = last_part(where)
+    with results(above(where), name) as folder:
+        yield folder / name
+
+
+@contextmanager
+def fetched(where: str, names: Sequence[str]) -> Iterator[Path]:
+    """A local folder with some files of a folder, for what can only read files.
+
+    Args:
+        where: path or URI of the folder; a path is given back.
+        names: of the files; those that are not there are left out.
+    """
+    if not is_uri(where):
+        yield local_path(where)
+        return
+    storage = open_storage(where)
+    with tempfile.TemporaryDirectory(prefix="dafm_ray-") as folder:
+        for name in names:
+            with refusals(folder), suppress(FileNotFoundError):
+                (Path(folder) / name).write_bytes(memoryview(storage.read(name)))
+        yield Path(folder)
 
 
 class LocalStorage:

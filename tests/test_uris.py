@@ -37,17 +37,10 @@ def test_what_must_be_local_says_so():
 @pytest.mark.parametrize(
     ("command", "key"),
     [
-        (["rank", "store", "--out", S3], "--out"),
-        (["submission", "write", "store", "--out", S3], "--out"),
         (["search", "store", "--image", "a.png", "--text", "b", "--out", S3], "--out"),
-        (["fuse", "export", "fusion", "--to", S3], "--to"),
         (["demo", "--out", S3], "--out"),
-        (["fuse", "export", S3], "FUSION"),
-        (["tiles", "export", "store", "--to", S3], "--to"),
         (["data", "check", "folder", "--root", S3], "dataset.root"),
         (["data", "check", "cirr", "--annotations", S3], "dataset.annotations"),
-        (["retrieve", "--config", "job.yaml", "--set", f"out={S3}"], "out"),
-        (["retrieve", "--config", "job.yaml", "--set", f"index={S3}"], "index"),
     ],
 )
 def test_a_uri_never_becomes_a_folder(command, key, tmp_path, monkeypatch, capsys):

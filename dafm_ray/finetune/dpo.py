@@ -9,7 +9,6 @@ Shape letters: Q queries, B of a batch, C negatives of a query, N candidates, D 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from dafm_ray.models.base import FrozenModel, Terms
 from dafm_ray.models.zeroshot import ZeroShot
 from dafm_ray.search.gallery import gallery_index, identity_of
 from dafm_ray.search.index import FlatIndex
+from dafm_ray.uris import join
 
 INDEX = "index"
 """Folder of the gallery indexes, in a run's folder."""
@@ -305,7 +305,7 @@ class Preference(Objective[QueryRows]):
 
     def _index(self, identity: str, dataset: Dataset) -> FlatIndex:
         """Built by the first worker, read by the others."""
-        cache = Path(self._config.out) / INDEX
+        cache = join(self._config.out, INDEX)
         if several_workers() and self._rank:
             dist.barrier()
         self._clip.module.eval()

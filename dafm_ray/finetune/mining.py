@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,12 @@ from dafm_ray.files import replacing, write_text
 from dafm_ray.finetune.config import MineConfig
 from dafm_ray.finetune.negatives import Known, Mined, mine
 from dafm_ray.models.base import FrozenModel
-from dafm_ray.progress import progress
+from dafm_ray.progress import StatusWriter, progress, status_writer
+from dafm_ray.runs import CONFIG
 from dafm_ray.search.encode import encode_queries, open_model, write_quarantine
 from dafm_ray.search.gallery import identity_of, open_index
 from dafm_ray.search.index import Floats, Index, Unusable
-from dafm_ray.uris import refuse_uri
+from dafm_ray.storage import open_storage, results
 
 NEGATIVES, COUNTS = "negatives.parquet", "negatives.json"
 
@@ -31,12 +31,12 @@ class Mining:
     """A finished mining.
 
     Attributes:
-        out: folder of the results.
+        out: path or URI of the results.
         counts: what `negatives.json` says.
         failures: images and queries that could not be used.
     """
 
-    out: Path
+    out: str
     counts: dict[str, Any]
     failures: int
 
@@ -44,23 +44,22 @@ class Mining:
 def mine_negatives(config: MineConfig) -> Mining:
     """Mine every query that has a target, its first one; writes `negatives.parquet` (a row a
     negative), `negatives.json`, `config.yaml` and, if something could not be used,
-    `quarantine.csv` to `config.out`.
+    `quarantine.csv` to `config.out`; meanwhile `status.json`.
 
     Raises:
-        ConfigError: `out` or `index` is a URI, the window ends behind the gallery, or the scores
-            are no inner products.
+        ConfigError: the window ends behind the gallery, the scores are no inner products, or a URI
+            cannot be opened.
         DataError: no query has a target that can be used, or the kept index is damaged.
-        MachineError: no such device, or the folder cannot be written.
+        MachineError: no such device, or the results cannot be written.
     """
-    refuse_uri("out", config.out)
-    refuse_uri("index", config.index)
     dataset = load_dataset(config.dataset)
     labelled = [query for query in dataset.queries if query.targets]
-    out, mining = Path(config.out), config.negatives
+    mining, storage = config.negatives, open_storage(config.out)
+    status = status_writer(storage)
     identity = identity_of(config.model)
     model, device = open_model(config.model, config.device)
     with open_index(
-        model, identity, dataset, Path(config.index), device, config.batch, mining.shards
+        model, identity, dataset, config.index, device, config.batch, mining.shards, status
     ) as (index, built):
         there = set(index.ids)
         lost = [
@@ -70,7 +69,9 @@ def mine_negatives(config: MineConfig) -> Mining:
         ]
         queries = [query for query in labelled if query.targets[0] in there]
         if mining.near == "query":
-            queries, features_QD, unusable = _encoded(model, dataset, queries, device, config.batch)
+            queries, features_QD, unusable = _encoded(
+                model, dataset, queries, device, config.batch, status
+            )
             lost += unusable
         if not queries:
             raise DataError("no query has a target and a reference that can be used")
@@ -91,19 +92,25 @@ def mine_negatives(config: MineConfig) -> Mining:
         "removed": dict(mined.removed),
         "without": [queries[q].id for q in mined.without],
     }
-    with replacing(out / NEGATIVES) as file:
-        pq.write_table(_table(mined, queries, index, target_scores_Q), file)
-    write_text(out / COUNTS, json.dumps(counts, indent=1) + "\n")
-    write_text(out / "config.yaml", to_yaml(config))
-    return Mining(out, counts, write_quarantine(out, index.unusable, lost))
+    with results(config.out, COUNTS) as out:
+        with replacing(out / NEGATIVES) as file:
+            pq.write_table(_table(mined, queries, index, target_scores_Q), file)
+        write_text(out / COUNTS, json.dumps(counts, indent=1) + "\n")
+        write_text(out / CONFIG, to_yaml(config))
+    return Mining(config.out, counts, write_quarantine(storage, index.unusable, lost))
 
 
 def _encoded(
-    model: FrozenModel, dataset: Dataset, queries: list[Query], device: str, batch: int
+    model: FrozenModel,
+    dataset: Dataset,
+    queries: list[Query],
+    device: str,
+    batch: int,
+    status: StatusWriter,
 ) -> tuple[list[Query], Floats, list[Unusable]]:
     """The queries that can be encoded, their features, and the others."""
     parts, lost = [], []
-    with progress("encode queries", len(queries), unit="query") as shown:
+    with progress("encode queries", len(queries), 0, "query", status) as shown:
         for start in range(0, len(queries), batch):
             some = queries[start : start + batch]
             features_BD, unusable = encode_queries(model, dataset, some, device)

@@ -91,20 +91,20 @@ def recorded(storage: Storage) -> dict[str, Trial]:
     """Name -> every trial that was brought to its end."""
     found = {}
     for path in storage.list(TRIALS):
-        if path.endswith(f"/{RECORD}"):
-            values = json.loads(storage.read(path).to_pybytes())
-            trial = parse_config(Trial, values, path)
+        folder, _, name = path.rpartition("/")
+        if name == RECORD and (trial := record_of(storage, folder.rpartition("/")[2])):
             found[trial.name] = trial
     return found
 
 
-def is_recorded(storage: Storage, name: str) -> bool:
-    """Whether one trial was brought to its end."""
+def record_of(storage: Storage, name: str) -> Trial | None:
+    """One trial, if it was brought to its end."""
+    path = f"{TRIALS}/{name}/{RECORD}"
     try:
-        storage.read(f"{TRIALS}/{name}/{RECORD}")
+        values = json.loads(storage.read(path).to_pybytes())
     except FileNotFoundError:
-        return False
-    return True
+        return None
+    return parse_config(Trial, values, path)
 
 
 def run_trial(

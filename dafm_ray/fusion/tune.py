@@ -20,15 +20,15 @@ from dafm_ray.fusion.train import open_stores
 from dafm_ray.fusion.trial import (
     Chance,
     Trial,
-    is_recorded,
     percents,
+    record_of,
     recorded,
     reporting,
     run_trial,
     summaries_of,
 )
 from dafm_ray.lease import writing
-from dafm_ray.progress import Progress, progress
+from dafm_ray.progress import Progress, progress, status_writer
 from dafm_ray.runs import CONFIG, refuse_other
 from dafm_ray.session import (
     available_cpus,
@@ -120,7 +120,11 @@ def run_study(study: StudyConfig) -> Studied:
         suggested = [trial for name, trial in done.items() if name not in names]
         wanted = 0 if study.search != "optuna" or _asked(storage) else study.trials
         if todo or len(suggested) < wanted:
-            _try(study, todo, suggested, wanted - len(suggested))
+            more = max(wanted - len(suggested), 0)
+            total = len(done) + len(todo) + more
+            status = status_writer(storage)
+            with progress("trials", total, len(done), "trial", status) as shown_trials:
+                _try(study, todo, suggested, more, shown_trials)
             done = recorded(storage)
         missing = [name for name in names if name not in done]
         if missing:
@@ -159,7 +163,11 @@ def _asked(storage: Storage) -> bool:
 
 
 def _try(
-    study: StudyConfig, todo: Sequence[Setting], suggested: Sequence[Trial], more: int
+    study: StudyConfig,
+    todo: Sequence[Setting],
+    suggested: Sequence[Trial],
+    more: int,
+    shown: Progress,
 ) -> None:
     """One Tuner over the settings without a record, another over those that optuna suggests."""
     # Relative paths of the configuration stay relative to where the job was started.
@@ -180,44 +188,50 @@ def _try(
     hasty = [setting for setting in todo if setting not in patient]
     for group, stops in ((patient, False), (hasty, True)):
         if group:
-            _fit(study, {"setting": tune.grid_search(group)}, len(group), None, stops)
-    if more > 0:
-        _fit(study, {}, more, _searcher(study, suggested), study.stop_early)
+            _fit(study, {"setting": tune.grid_search(group)}, 1, None, stops, shown)
+    if more:
+        _fit(study, {}, more, _searcher(study, suggested), study.stop_early, shown)
 
 
-def _fit(study: StudyConfig, space: dict[str, Any], count: int, searcher: Any, stops: bool) -> None:
+def _fit(
+    study: StudyConfig,
+    space: dict[str, Any],
+    samples: int,
+    searcher: Any,
+    stops: bool,
+    shown: Progress,
+) -> None:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
     filesystem, path = open_storage(study.out).location
     longest = max([study.base.recipe.epochs, *_values(study, "recipe.epochs")])
     asha = ASHAScheduler(max_t=int(longest), grace_period=1, reduction_factor=3)
-    with progress("trials", count, unit="trial") as shown:
-        tuner = tune.Tuner(
-            tune.with_resources(
-                _trainable(study),
-                {"cpu": study.cpus, "gpu": study.gpus, **({} if study.gpus else cpu_resources())},
-            ),
-            param_space=space,
-            tune_config=tune.TuneConfig(
-                metric="score",
-                mode="max",
-                num_samples=1 if searcher is None else count,
-                search_alg=searcher,
-                scheduler=asha if stops else None,
-                reuse_actors=True,
-                trial_name_creator=_trial_name,
-                trial_dirname_creator=_trial_name,
-            ),
-            run_config=tune.RunConfig(
-                name=TUNE,
-                storage_path=path,
-                storage_filesystem=filesystem,
-                verbose=0,
-                callbacks=[_followed(study, shown)],
-            ),
-        )
-        results = tuner.fit()
+    tuner = tune.Tuner(
+        tune.with_resources(
+            _trainable(study),
+            {"cpu": study.cpus, "gpu": study.gpus, **({} if study.gpus else cpu_resources())},
+        ),
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric="score",
+            mode="max",
+            num_samples=samples,
+            search_alg=searcher,
+            scheduler=asha if stops else None,
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=TUNE,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            verbose=0,
+            callbacks=[_followed(study, shown)],
+        ),
+    )
+    results = tuner.fit()
     if results.errors:
         reason = str(results.errors[0]).strip().splitlines()[-1]
         raise MachineError(
@@ -245,12 +259,13 @@ def _followed(study: StudyConfig, shown: Progress) -> Any:
         ) -> None:
             storage = open_storage(study.out)
             name = _trial_name(trial)
-            if not is_recorded(storage, name):
+            ended = record_of(storage, name)
+            if ended is None:
                 last = trial.last_result
                 score, seconds = float(last["score"]), round(float(last["time_total_s"]), 3)
                 setting = _setting(trial.config)
                 Trial(name, setting, score, seconds=seconds, stopped=True).write(storage)
-            shown.advance()
+            shown.advance(failures=bool(ended and ended.failure))
 
         def on_trial_error(
             self, iteration: int, trials: list[Any], trial: Any, **info: Any

@@ -18,6 +18,7 @@ from dafm_ray.evaluation.metrics import UNRANKED, TargetRanks
 from dafm_ray.evaluation.protocols import protocol
 from dafm_ray.evaluation.significance import Resampling
 from dafm_ray.evaluation.summary import Summary, SystemRanks
+from dafm_ray.progress import status_writer
 from dafm_ray.report.against import (
     METRICS,
     RANKS,
@@ -93,7 +94,7 @@ def evaluate(config: EvaluateConfig, opened: Sequence[TileStore] | None = None) 
     run = read_run(config.against) if config.against else None
     if run is not None:
         refuse_unlike_run(run, manifests, queries)
-    ranked = rank_all(stores, config)
+    ranked = rank_all(stores, config, status_writer(open_storage(config.out)))
     counted = [queries[q] for q in labelled]
     categories = [query.category for query in counted]
     rules = protocol(stores[0].manifest.protocol)

@@ -15,7 +15,7 @@ from dafm_ray.fusion.control import noisy_copies
 from dafm_ray.fusion.learned import Learned
 from dafm_ray.fusion.rank import rank_systems, singles
 from dafm_ray.fusion.systems import Maker, Systems, tuned_on
-from dafm_ray.progress import progress
+from dafm_ray.progress import StatusWriter, progress
 from dafm_ray.report.stores import refuse_leaks
 from dafm_ray.tiles.store import TileStore
 
@@ -43,8 +43,15 @@ class Ranked:
     oracles: list[SystemRanks]
 
 
-def rank_all(stores: Sequence[TileStore], config: EvaluateConfig) -> Ranked:
+def rank_all(
+    stores: Sequence[TileStore], config: EvaluateConfig, write_status: StatusWriter | None = None
+) -> Ranked:
     """Rank every query of every store, in one pass over the tiles.
+
+    Args:
+        stores: what is ranked.
+        config: of the job.
+        write_status: stores the bytes of `status.json`.
 
     Raises:
         ConfigError: an unknown fusion, or two systems of one name.
@@ -56,7 +63,7 @@ def rank_all(stores: Sequence[TileStore], config: EvaluateConfig) -> Ranked:
     copies = [noisy_copies(store, _K, config.seed) if several else [] for store in stores]
     rules = protocol(stores[0].manifest.protocol)
     queries = sum(store.size("queries") for store in stores)
-    with progress("evaluate", queries, unit="query") as shown:
+    with progress("evaluate", queries, unit="query", write_status=write_status) as shown:
         parts = [
             rank_systems(store, [*here.systems, *lacking, *noisy], rules, shown)
             for store, here, lacking, noisy in zip(stores, made, ablations, copies, strict=True)

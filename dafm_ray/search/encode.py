@@ -1,9 +1,9 @@
 """Features of a gallery and of queries, in this process, block by block."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
@@ -11,11 +11,12 @@ from torch import Tensor
 from dafm_ray.datasets.base import Dataset, Query
 from dafm_ray.datasets.images import ImageError
 from dafm_ray.errors import ConfigError, DataError, MachineError
-from dafm_ray.files import write_csv
+from dafm_ray.files import csv_text
 from dafm_ray.models.base import FrozenModel
 from dafm_ray.models.registry import load_model
-from dafm_ray.progress import progress
+from dafm_ray.progress import StatusWriter, progress
 from dafm_ray.search.index import Block, Floats, Unusable
+from dafm_ray.storage import Storage
 
 QUARANTINE = "quarantine.csv"
 
@@ -43,7 +44,11 @@ def open_model(model_id: str, device: str) -> tuple[FrozenModel, str]:
 
 
 def gallery_blocks(
-    model: FrozenModel, dataset: Dataset, device: str, batch: int
+    model: FrozenModel,
+    dataset: Dataset,
+    device: str,
+    batch: int,
+    write_status: StatusWriter | None = None,
 ) -> Iterator[Block]:
     """Encode a gallery in stored order; images that cannot be opened are named in their block.
 
@@ -52,12 +57,13 @@ def gallery_blocks(
         dataset: whose gallery.
         device: torch device.
         batch: images of a block.
+        write_status: stores the bytes of `status.json`.
 
     Raises:
         ConfigError: the model's scores are no inner products.
     """
     gallery = dataset.gallery
-    with progress("encode gallery", len(gallery), unit="image") as shown:
+    with progress("encode gallery", len(gallery), 0, "image", write_status) as shown:
         for start in range(0, len(gallery), batch):
             part = slice(start, start + batch)
             ids, images, unusable = [], [], []
@@ -139,14 +145,16 @@ def encode_queries(
     ]
 
 
-def write_quarantine(out: Path, images: Sequence[Unusable], queries: Sequence[Unusable]) -> int:
+def write_quarantine(out: Storage, images: Sequence[Unusable], queries: Sequence[Unusable]) -> int:
     """List what could not be used in `quarantine.csv` of a folder of results; returns how many.
 
     Raises:
         MachineError: it cannot be written.
     """
     listed = [("gallery", *each) for each in images] + [("queries", *each) for each in queries]
-    (out / QUARANTINE).unlink(missing_ok=True)
     if listed:
-        write_csv(out / QUARANTINE, ("role", "id", "reason"), listed)
+        table = csv_text(("role", "id", "reason"), listed)
+        out.write(QUARANTINE, pa.py_buffer(table.encode()))
+    else:
+        out.delete(QUARANTINE)
     return len(listed)

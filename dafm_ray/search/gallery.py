@@ -10,9 +10,12 @@ from dafm_ray.datasets.shards import ShardedImages
 from dafm_ray.models.base import FrozenModel
 from dafm_ray.models.checkpoints import weights_digest
 from dafm_ray.models.registry import resolve
+from dafm_ray.progress import StatusWriter
 from dafm_ray.search.encode import gallery_blocks
-from dafm_ray.search.index import FlatIndex, Index, is_saved
+from dafm_ray.search.index import IDS, RECORD, VECTORS, FlatIndex, Index
 from dafm_ray.search.sharded import ShardedIndex
+from dafm_ray.storage import fetched, open_storage, results
+from dafm_ray.uris import join, shown
 
 BATCH = 64
 
@@ -65,9 +68,10 @@ def gallery_index(
     model: FrozenModel,
     identity: str,
     dataset: Dataset,
-    cache: Path | None,
+    cache: str | None,
     device: str = "cpu",
     batch: int = BATCH,
+    write_status: StatusWriter | None = None,
 ) -> tuple[FlatIndex, bool]:
     """The index of a gallery: the kept one if nothing that it is made from has changed.
 
@@ -75,9 +79,10 @@ def gallery_index(
         model: frozen, on `device`.
         identity: of the model, see `identity_of`.
         dataset: whose gallery.
-        cache: folder of indexes, each in a folder named by its digest; None keeps none.
+        cache: path or URI of indexes, each in a folder named by its digest; None keeps none.
         device: torch device.
         batch: images of one forward pass.
+        write_status: stores the bytes of `status.json`.
 
     Returns:
         The index, and whether it was built now. One with images that could not be used is built
@@ -89,14 +94,17 @@ def gallery_index(
         MachineError: the folder cannot be written.
     """
     made_from = index_digest(identity, dataset)
-    folder = cache / made_from[:16] if cache else None
-    if folder and is_saved(folder):
-        kept = FlatIndex.load(folder, made_from)
+    where = join(cache, made_from[:16]) if cache else None
+    if where and open_storage(where).exists(RECORD):
+        with fetched(where, (RECORD, VECTORS, IDS)) as folder:
+            kept = FlatIndex.load(folder, made_from, shown(where))
         if not any(_opens(dataset, id) for id, _ in kept.unusable):
             return kept, False
-    index = FlatIndex(gallery_blocks(model, dataset, device, batch))
-    if folder:
-        index.save(folder, made_from)
+    index = FlatIndex(gallery_blocks(model, dataset, device, batch, write_status))
+    if where:
+        open_storage(where).delete(RECORD)  # files of a URI are replaced one by one
+        with results(where, RECORD) as folder:
+            index.save(folder, made_from)
     return index, True
 
 
@@ -114,10 +122,11 @@ def open_index(
     model: FrozenModel,
     identity: str,
     dataset: Dataset,
-    cache: Path | None,
+    cache: str,
     device: str,
     batch: int,
     shards: int,
+    write_status: StatusWriter,
 ) -> Iterator[tuple[Index, bool]]:
     """The index of a gallery in this process, or in actors, which end with it; and whether it was
     built now.
@@ -126,14 +135,15 @@ def open_index(
         model: frozen, on `device`.
         identity: of the model, see `identity_of`.
         dataset: whose gallery.
-        cache: of indexes; shards are not kept.
+        cache: path or URI of indexes; shards are not kept.
         device: torch device.
         batch: images of one forward pass.
         shards: actors; 0 for none.
+        write_status: stores the bytes of `status.json`.
     """
     if shards:
-        blocks = gallery_blocks(model, dataset, device, batch)
+        blocks = gallery_blocks(model, dataset, device, batch, write_status)
         with ShardedIndex(blocks, len(dataset.gallery), shards) as sharded:
             yield sharded, True
     else:
-        yield gallery_index(model, identity, dataset, cache, device, batch)
+        yield gallery_index(model, identity, dataset, cache, device, batch, write_status)

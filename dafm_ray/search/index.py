@@ -280,12 +280,13 @@ class FlatIndex:
         write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
     @classmethod
-    def load(cls, folder: Path, digest: str) -> "FlatIndex":
+    def load(cls, folder: Path, digest: str, where: str = "") -> "FlatIndex":
         """Read an index that `save` wrote.
 
         Args:
             folder: of the index.
             digest: of what its vectors shall be made from.
+            where: what messages call the folder, if it is a copy.
 
         Raises:
             DataError: there is none, it was made from something else, a file is damaged, or ids and
@@ -293,44 +294,40 @@ class FlatIndex:
         """
         import faiss
 
-        record = _record(folder)
+        where = where or str(folder)
+        record = _record(folder, where)
         if record["digest"] != digest:
             raise DataError(
-                f"{folder} holds the index of other weights or another gallery (its digest is "
+                f"{where} holds the index of other weights or another gallery (its digest is "
                 f"{record['digest']}, asked for is {digest}); delete it, or choose another folder"
             )
         for name, stored in record["checksums"].items():
             try:
                 found = _checksum(folder / name)
             except OSError as error:
-                raise _damaged(folder, f"{name} cannot be read: {error.strerror}") from None
+                raise _damaged(where, f"{name} cannot be read: {error.strerror}") from None
             if found != stored:
-                raise _damaged(folder, f"{name} has changed since it was written")
+                raise _damaged(where, f"{name} has changed since it was written")
         index = cls.__new__(cls)
         try:
             index._faiss = faiss.read_index(str(folder / VECTORS))
             with pa.memory_map(str(folder / IDS)) as file, pa.ipc.open_file(file) as reader:
                 index.ids = reader.read_all()["id"].to_pylist()
         except (RuntimeError, OSError, KeyError, pa.ArrowInvalid) as error:
-            raise _damaged(folder, str(error).splitlines()[0]) from None
+            raise _damaged(where, str(error).splitlines()[0]) from None
         index._shape = tuple(record["shape"])
         index.unusable = [Unusable(**unusable) for unusable in record["unusable"]]
         kept = len(index) * index._each, index.width
         if len(index) != record["count"] or kept != (index._faiss.ntotal, index._faiss.d):
             raise _damaged(
-                folder,
+                where,
                 f"it says {record['count']} candidates of shape {record['shape']}, and has "
                 f"{len(index)} ids and {index._faiss.ntotal} vectors of width {index._faiss.d}",
             )
         return index
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether a folder holds a whole index."""
-    return (folder / RECORD).exists()
-
-
-def _record(folder: Path) -> dict[str, Any]:
+def _record(folder: Path, where: str) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD).read_bytes())
         found = record["format"]
@@ -338,16 +335,16 @@ def _record(folder: Path) -> dict[str, Any]:
             record["digest"], record["count"], record["shape"], record["unusable"]
             record["checksums"][VECTORS], record["checksums"][IDS]
     except FileNotFoundError:
-        raise DataError(f"{folder} holds no index: it has no {RECORD}") from None
+        raise DataError(f"{where} holds no index: it has no {RECORD}") from None
     except (OSError, ValueError, KeyError, TypeError):
-        raise _damaged(folder, f"{RECORD} cannot be read") from None
+        raise _damaged(where, f"{RECORD} cannot be read") from None
     if found != FORMAT:
-        raise DataError(f"{folder} has format {found}; this version reads format {FORMAT}")
+        raise DataError(f"{where} has format {found}; this version reads format {FORMAT}")
     return dict(record)
 
 
-def _damaged(folder: Path, what: str) -> DataError:
-    return DataError(f"the index {folder} is damaged: {what}; delete the folder to make it again")
+def _damaged(where: str, what: str) -> DataError:
+    return DataError(f"the index {where} is damaged: {what}; delete the folder to make it again")
 
 
 def _checksum(file: Path) -> str:

@@ -1,7 +1,5 @@
 """The precompute job: features, then similarity tiles; what is finished is never done again."""
 
-import csv
-import io
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -13,12 +11,13 @@ from dafm_ray.datasets.base import Dataset
 from dafm_ray.datasets.images import ImageError
 from dafm_ray.datasets.registry import load_dataset
 from dafm_ray.errors import ConfigError
+from dafm_ray.files import csv_text
 from dafm_ray.lease import writing
 from dafm_ray.models.checkpoints import weights_digest
 from dafm_ray.models.registry import resolve
-from dafm_ray.progress import StatusWriter, progress
+from dafm_ray.progress import progress, status_writer
 from dafm_ray.session import available_gpus, ensure_ray, quiet_data
-from dafm_ray.storage import Storage, open_storage
+from dafm_ray.storage import open_storage
 from dafm_ray.tiles.encode import Part, encode
 from dafm_ray.tiles.manifest import Grid, ModelEntry
 from dafm_ray.tiles.preflight import settle
@@ -82,7 +81,7 @@ def precompute_together(
         tiles = [_finished(store, _score_keys(store, names)) for store in stores]
         missing = [f.count(False) + t.count(False) for f, t in zip(features, tiles, strict=True)]
         if any(missing):
-            status = _status_writer([store.storage for store in stores])
+            status = status_writer(*(store.storage for store in stores))
             ensure_ray()
             quiet_data()
             waiting = [pool for pool in pools if not all(_encoded(s, pool.name) for s in stores)]
@@ -115,7 +114,7 @@ def _opened(config: PrecomputeConfig, dataset: Dataset, held: ExitStack) -> Part
     )
     storage.write("config.yaml", pa.py_buffer(to_yaml(config).encode()))
     if store.missing(models) or store.failures():
-        dataset = unpack(store, dataset, _status_writer([storage]))
+        dataset = unpack(store, dataset, status_writer(storage))
     _retry_quarantined(store, dataset)
     return store, dataset
 
@@ -147,7 +146,9 @@ def _list_failures(store: TileStore) -> list[Failure]:
     failures = store.failures()
     store.finished()
     if failures:
-        store.storage.write(QUARANTINE, _table(failures))
+        rows = ((failure.role, failure.id, failure.reason) for failure in failures)
+        table = csv_text(("role", "id", "reason"), rows)
+        store.storage.write(QUARANTINE, pa.py_buffer(table.encode()))
     else:
         store.storage.delete(QUARANTINE)
     return failures
@@ -175,19 +176,3 @@ def _retry_quarantined(store: TileStore, dataset: Dataset) -> None:
         mended.add((failure.role, position // step))
     for role, block in mended:
         store.forget(role, block)
-
-
-def _status_writer(storages: Sequence[Storage]) -> StatusWriter:
-    def write(data: bytes) -> None:
-        for storage in storages:
-            storage.write("status.json", pa.py_buffer(data))
-
-    return write
-
-
-def _table(failures: Sequence[Failure]) -> pa.Buffer:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["role", "id", "reason"])
-    writer.writerows((failure.role, failure.id, failure.reason) for failure in failures)
-    return pa.py_buffer(text.getvalue().encode())

@@ -64,6 +64,8 @@ def test_a_study_is_tried_once_chosen_from_and_reported(tmp_path, store, capsys)
     assert "trials.csv" in shown.err
     out = tmp_path / "study"
     assert len(list((out / TRIALS).iterdir())) == 6
+    status = json.loads((out / "status.json").read_text())
+    assert [status[key] for key in ("stage", "done", "total", "failures")] == ["trials", 6, 6, 1]
     records = {path: path.stat().st_mtime_ns for path in out.rglob(RECORD)}
     again = report_study(study)
     assert {path: path.stat().st_mtime_ns for path in out.rglob(RECORD)} == records

@@ -23,6 +23,7 @@ FILES = {
     "config.yaml",
     "figures",
     "tables",
+    "status.json",
 }
 
 
@@ -46,6 +47,8 @@ def metrics(config):
 def test_everything_is_written(config, tmp_path):
     evaluate(config)
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert (status["stage"], status["done"], status["total"]) == ("evaluate", 30, 30)
 
 
 def test_metrics_agree_with_themselves_and_with_the_ranks(config, tmp_path):
@@ -87,7 +90,7 @@ def test_the_same_job_gives_the_same_files(config, tmp_path):
     evaluate(config)
     evaluate(other)
     for file in sorted(path for path in Path(config.out).rglob("*") if path.is_file()):
-        if file.name != "config.yaml":
+        if file.name not in ("config.yaml", "status.json"):
             again = Path(other.out) / file.relative_to(config.out)
             assert again.read_bytes() == file.read_bytes(), file
 

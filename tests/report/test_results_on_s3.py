@@ -23,6 +23,23 @@ FUSION = {
 }
 
 
+def test_rankings_and_exports_on_s3_are_those_on_disk(object_store, tmp_path, capsys):
+    dataset = labelled_dataset(20, 12)
+    store = score_store(object_store.uri("val"), dataset, ("a", "b"), Grid(64, 12, 20))
+    for command, option in (
+        (["rank", "--fusion", "mean@zscore"], "--out"),
+        (["tiles", "export"], "--to"),
+    ):
+        here, there = tmp_path / "x.parquet", object_store.uri("x.parquet")
+        assert main([*command, store.uri, option, str(here)]) == 0
+        capsys.readouterr()
+        assert main([*command, store.uri, option, there]) == 0
+        assert capsys.readouterr().out.startswith("s3://stores/x.parquet?")
+        assert (
+            open_storage(object_store.uri("")).read("x.parquet").to_pybytes() == here.read_bytes()
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.timeout(170)

@@ -33,7 +33,7 @@ def png(seed):
 
 
 def made(model, dataset, cache, identity="a"):
-    return gallery_index(model, identity, dataset, cache, batch=5)
+    return gallery_index(model, identity, dataset, cache and str(cache), batch=5)
 
 
 def test_the_index_holds_the_gallery_in_stored_order(model, dataset):

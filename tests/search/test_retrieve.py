@@ -2,18 +2,21 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from dafm_ray.cli import main
-from dafm_ray.config import DatasetConfig, RetrieveConfig, load_config
-from dafm_ray.errors import MachineError
+from dafm_ray.config import DatasetConfig, RetrieveConfig, load_config, to_yaml
+from dafm_ray.errors import DataError, MachineError
 from dafm_ray.finetune.validation import validation_recall
 from dafm_ray.models.registry import load_model
 from dafm_ray.search.encode import encode_queries, open_model
 from dafm_ray.search.gallery import gallery_index
 from dafm_ray.search.retrieve import retrieve
+from dafm_ray.storage import open_storage
+from tests.object_store import every
 from tests.samples import image_folder, open_folder
 
 TINY = "clip4cir:sum@random-tiny"
@@ -70,6 +73,34 @@ def test_rankings_and_recalls_are_those_of_scoring_all(config, tmp_path, top):
     assert (spent["queries"], spent["device"], spent["index"]) == (9, "cpu", "built now")
     assert 0 < spent["encode_ms"]["p50"] <= spent["encode_ms"]["p99"]
     assert retrieve(config).latency["index"] == "reused"
+
+
+def test_index_and_results_on_s3_are_those_on_disk(config, tmp_path, object_store, capsys):
+    retrieve(config)
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    remote = replace(config, index=object_store.uri("index"), out=object_store.uri("out"))
+    image = tmp_path / "images" / "000.png"
+    image.rename(tmp_path / "away.png")
+    image.write_bytes(b"")
+    assert retrieve(remote).failures
+    storage = open_storage(remote.out)
+    assert "gallery,000.png" in storage.read("quarantine.csv").to_pybytes().decode()
+    (tmp_path / "away.png").rename(image)
+    object_store.fault = every(5, 503)
+    file = tmp_path / "job.yaml"
+    file.write_text(to_yaml(remote))
+    assert main(["retrieve", "--config", str(file)]) == 0
+    assert object_store.faults > 2
+    assert "rankings: s3://stores/out/rankings.parquet?" in capsys.readouterr().out
+    assert set(storage.list("")) == {*kept}
+    assert storage.read("rankings.parquet").to_pybytes() == kept["rankings.parquet"]
+    status = json.loads(storage.read("status.json").to_pybytes())
+    assert (status["stage"], status["done"], status["total"]) == ("retrieve", 9, 9)
+    assert retrieve(remote).latency["index"] == "reused"
+    [made] = (tmp_path / "index").iterdir()
+    open_storage(remote.index).write(f"{made.name}/index.faiss", pa.py_buffer(b"cut"))
+    with pytest.raises(DataError, match=f"the index s3://stores/index/{made.name}"):
+        retrieve(remote)
 
 
 @pytest.mark.timeout(120)
