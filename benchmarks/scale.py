@@ -27,6 +27,8 @@ from dafm_ray.fusion.train import train_fusion
 from dafm_ray.progress import progress
 from dafm_ray.report.audits.shortlist import audit_shortlist
 from dafm_ray.report.evaluate import evaluate
+from dafm_ray.search.index import Block
+from dafm_ray.search.sharded import ShardedIndex
 from dafm_ray.session import ensure_ray, quiet_data
 from dafm_ray.tiles.manifest import Grid, ModelEntry
 from dafm_ray.tiles.shortlist import list_candidates
@@ -139,6 +141,23 @@ def timed(store: TileStore, models: Sequence[str], how: Any) -> float:
     return time.perf_counter() - started
 
 
+def faiss_seconds(store: TileStore, models: Sequence[str], k: int, shards: int) -> float:
+    """Seconds of finding each model's first `k` with faiss, a flat index over Ray actors.
+
+    The candidates alone: not what the other models give them, nor the moments of all.
+    """
+    started = time.perf_counter()
+    images, queries = store.size("gallery"), store.size("queries")
+    for model in models:
+        blocks = (
+            Block(store.gallery_ids[rows.start : rows.stop], store.features(model, "gallery", rows))
+            for rows in spans(images, GRID.encode_block)
+        )
+        with ShardedIndex(blocks, images, shards) as index:
+            index.search(store.features(model, "queries", range(queries)), k)
+    return time.perf_counter() - started
+
+
 def main() -> None:
     """Run, and print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -147,6 +166,9 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=4)
     parser.add_argument("--shortlist", type=int, default=200)
     parser.add_argument("--whole", action="store_true", help="also score all, and compare")
+    parser.add_argument(
+        "--faiss", type=int, default=0, metavar="ACTORS", help="search with it, too"
+    )
     parser.add_argument("--root", type=Path, default=Path("runs/scale"))
     given = parser.parse_args()
     models = [f"m{m}" for m in range(given.models)]
@@ -163,6 +185,8 @@ def main() -> None:
         store = TileStore(store.uri)
     found["shortlist_memory_GB"] = memory["peak"]
     found["shortlist_MB"] = folder_bytes(store, ["scores", "columns", "moments"]) / 1e6
+    if given.faiss:
+        found["faiss_s"] = faiss_seconds(store, models, given.shortlist, given.faiss)
     config = FusionConfig(
         store.uri,
         str(root / "fusion"),
