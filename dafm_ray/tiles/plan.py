@@ -31,7 +31,7 @@ from dafm_ray.session import (
 from dafm_ray.storage import LocalStorage, open_storage
 from dafm_ray.tiles.encode import CPUS_A_DECODER
 from dafm_ray.tiles.forward import Forward, device_of
-from dafm_ray.tiles.preflight import Measured, check_gpus, measure
+from dafm_ray.tiles.preflight import check_gpus, measure
 from dafm_ray.tiles.shortlist import first_of
 from dafm_ray.tiles.similarity import padded, score_block
 
@@ -283,8 +283,9 @@ def _measure_row(row: Row) -> Row:
 def _measure(pool: ModelConfig, config: PrecomputeConfig, device: str) -> ModelPlan:
     from PIL import Image
 
-    settled: Measured = measure(pool, config.encode_block, device)
-    forward = Forward(load_model(pool.id), device, settled.precision, settled.batch)
+    model = load_model(pool.id)
+    settled = measure(model, pool, config.encode_block, device)
+    forward = Forward(model, device, settled.precision, settled.batch)
     picture = Image.new("RGB", (400, 300), "gray")
     candidate = forward([picture], [0])
     query = forward([picture], [0], [("the same in red",)])

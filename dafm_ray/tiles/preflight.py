@@ -11,6 +11,7 @@ from PIL import Image
 
 from dafm_ray.config import ModelConfig, Precision
 from dafm_ray.errors import ConfigError, MachineError
+from dafm_ray.models.base import FrozenModel
 from dafm_ray.models.registry import load_model, resolve
 from dafm_ray.progress import Progress
 from dafm_ray.session import Row, explained, finished, one_thread
@@ -119,15 +120,18 @@ def _measured_remotely(pool: ModelConfig, block: int, cluster_gpus: float) -> Me
 def _measure_row(row: Row) -> Row:
     def measured() -> Row:
         one_thread()
-        return {"measured": measure(row["pool"], row["block"], device_of(row["gpus"]))}
+        pool = row["pool"]
+        measured = measure(load_model(pool.id), pool, row["block"], device_of(row["gpus"]))
+        return {"measured": measured}
 
     return explained(measured, row)
 
 
-def measure(pool: ModelConfig, block: int, device: str) -> Measured:
-    """Load the pool's model and time passes of growing batches.
+def measure(model: FrozenModel, pool: ModelConfig, block: int, device: str) -> Measured:
+    """Time passes of growing batches.
 
     Args:
+        model: of the pool.
         pool: a batch that is set is not sized again.
         block: largest batch; on a GPU half of it, so that preprocessing and encoding overlap.
         device: torch device.
@@ -135,7 +139,6 @@ def measure(pool: ModelConfig, block: int, device: str) -> Measured:
     Raises:
         MachineError: not even the smallest batch fits the GPU.
     """
-    model = load_model(pool.id)
     precision = precision_of(pool.precision, device)
     limit = block if device == "cpu" else max(1, block // 2)
     batches = [min(pool.batch, block)] if pool.batch else growing(limit)

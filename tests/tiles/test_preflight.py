@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from dafm_ray.cli import main
 from dafm_ray.config import DatasetConfig, ModelConfig, PrecomputeConfig
 from dafm_ray.errors import ConfigError
+from dafm_ray.models.registry import load_model
 from dafm_ray.progress import progress
 from dafm_ray.tiles import preflight
 from dafm_ray.tiles.manifest import Grid, ModelEntry
@@ -94,17 +95,17 @@ def test_a_model_of_another_process_takes_no_gpu_itself(config, monkeypatch):
 
 
 def test_a_measurement_gives_a_batch_within_the_block():
-    found = measure(POOL, 8, "cpu")
+    found = measure(load_model(POOL.id), POOL, 8, "cpu")
     assert found.batch in growing(8)
     assert (found.precision, found.num_gpus) == ("fp32", 0.0)
     assert found.rate > 0
-    given = measure(replace(POOL, batch=99, precision="bf16"), 8, "cpu")
+    given = measure(load_model(POOL.id), replace(POOL, batch=99, precision="bf16"), 8, "cpu")
     assert given == Measured(8, "bf16", rate=given.rate)
 
 
 @pytest.mark.gpu
 def test_a_measurement_on_a_gpu_gives_a_share():
-    found = measure(POOL, 64, "cuda")
+    found = measure(load_model(POOL.id), POOL, 64, "cuda")
     assert found.batch in growing(32)
     assert found.precision in ("bf16", "fp16")
     assert 0 < found.num_gpus <= 1
