@@ -5,15 +5,21 @@ before it converts to RGB. Stated results for the odd ones: of an animation the 
 orientation is applied; 16-bit greyscale is scaled to 8 bits.
 """
 
+import functools
 import io
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dafm_ray.errors import DataError
+from dafm_ray.storage import RemoteStorage
+from dafm_ray.uris import is_uri, local_path, shown
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 """File names that are taken for images."""
@@ -117,14 +123,45 @@ class StoredImages(Protocol):
 
 
 @dataclass(frozen=True)
-class Files:
-    """Image files below one folder; a locator is a path relative to it."""
+class ImageFiles(ABC):
+    """Image files below one folder; a locator is a path relative to it.
+
+    Attributes:
+        root: the folder; empty where the images are not at hand.
+    """
 
     root: str
 
     def open(self, locator: str) -> Image.Image:
         """Read and decode one file."""
         return decode(self.read(locator))
+
+    @abstractmethod
+    def read(self, locator: str) -> bytes:
+        """Read one file; a path that leaves the folder is refused."""
+
+    @abstractmethod
+    def versions(self, locators: Sequence[str]) -> list[str]:
+        """What changes when a file is replaced under its name, without opening it: its size and
+        time of change; empty if it is missing.
+        """
+
+
+def image_files(root: str) -> ImageFiles:
+    """The image files below a folder or a URI."""
+    if is_uri(root):
+        return RemoteFiles(root)
+    return Files(str(local_path(root)) if root else "")
+
+
+def leaves(locator: str) -> bool:
+    """Whether a locator, as it is written, leads out of the folder."""
+    path = PurePosixPath(locator)
+    return path.is_absolute() or ".." in path.parts
+
+
+class Files(ImageFiles):
+    """Image files on this machine or on a mounted disk."""
 
     def read(self, locator: str) -> bytes:
         """Read one file; a path that leaves the folder is refused."""
@@ -140,3 +177,45 @@ class Files:
             raise ImageError(f"cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise ImageError(f"{locator!r} is not a path: {error}") from None
+
+    def versions(self, locators: Sequence[str]) -> list[str]:
+        """Ask for one file after the other."""
+        return [self._version(locator) for locator in locators]
+
+    def _version(self, locator: str) -> str:
+        with suppress(OSError, ValueError):
+            stat = (Path(self.root) / locator).stat()
+            return f"{stat.st_size} {stat.st_mtime_ns}"
+        return ""
+
+
+class RemoteFiles(ImageFiles):
+    """Image files behind a URI. A busy server is a MachineError, and no fault of the image."""
+
+    def read(self, locator: str) -> bytes:
+        """Download one file; a path that leaves the folder is refused."""
+        if leaves(locator):
+            raise ImageError(f"the path {locator!r} leaves {shown(self.root)}")
+        if "\0" in locator:  # S3's client would ask for what stands before it
+            raise ImageError(f"{locator!r} is not a path")
+        try:
+            data: bytes = _opened(self.root).read(_plain(locator)).to_pybytes()
+        except FileNotFoundError:
+            raise ImageError("the file is missing") from None
+        return data
+
+    def versions(self, locators: Sequence[str]) -> list[str]:
+        """List the folder once."""
+        found = _opened(self.root).versions("")
+        return [found.get(_plain(locator), "") for locator in locators]
+
+
+def _plain(locator: str) -> str:
+    """Without `./` and `//`, which are part of an object's name."""
+    return str(PurePosixPath(locator))
+
+
+@functools.cache
+def _opened(uri: str) -> RemoteStorage:
+    """One client a process, however many copies of a source are sent there."""
+    return RemoteStorage(uri)
