@@ -44,8 +44,6 @@ def test_what_must_be_local_says_so():
         (["demo", "--out", S3], "--out"),
         (["fuse", "export", S3], "FUSION"),
         (["tiles", "export", "store", "--to", S3], "--to"),
-        (["data", "check", "folder", "--root", S3], "dataset.root"),
-        (["data", "check", "cirr", "--annotations", S3], "dataset.annotations"),
         (["retrieve", "--config", "job.yaml", "--set", f"out={S3}"], "out"),
         (["retrieve", "--config", "job.yaml", "--set", f"index={S3}"], "index"),
     ],
