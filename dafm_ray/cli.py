@@ -225,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     data = _group(commands, "data", "data sets")
     check = _add(data, "check", _data_check, "what is wrong, or odd, about a data set")
     check.add_argument("name", help="cirr, fashioniq, icons or folder")
-    check.add_argument("--root", default="", metavar="DIR", help="images, which are then decoded")
+    check.add_argument("--root", default="", metavar="DIR", help="folder or URI of images")
     check.add_argument("--annotations", default="", metavar="DIR", help="default: --root")
     check.add_argument("--images", default="", metavar="SHARDS", help="tar or Parquet shards")
     check.add_argument("--split", default="", help="default: every split")

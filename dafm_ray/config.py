@@ -34,8 +34,9 @@ class DatasetConfig:
     Attributes:
         name: `icons`, `icon-names`, `cirr`, `fashioniq` or `folder`.
         split: of the data set; a folder has none.
-        root: folder of images (and of annotations, unless they lie elsewhere); the icons need none.
-        annotations: folder of captions/ and image_splits/, if it is not `root`.
+        root: folder or URI of images (and of annotations, unless they lie elsewhere); the icons
+            need none.
+        annotations: folder or URI of captions/ and image_splits/, if it is not `root`.
         category: `dress`, `shirt` or `toptee` of FashionIQ.
         gallery: of FashionIQ: the whole split, or only the references and targets of its queries
             (the "VAL split", easier and not comparable).

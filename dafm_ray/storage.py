@@ -1,4 +1,4 @@
-"""Where a store's or a run's bytes lie: a local folder, or a URI of pyarrow's or fsspec's.
+"""Where bytes of stores, runs and data sets lie: a local folder, or a URI of pyarrow's or fsspec's.
 
 Both write a file whole or not at all. A local file is written under a temporary name, synced and
 renamed; an object store shows an object only when its upload is complete, so there is nothing to
@@ -65,6 +65,10 @@ class Storage(Protocol):
 
     def exists(self, path: str) -> bool:
         """Whether there is such a file."""
+        ...
+
+    def has_folder(self, folder: str) -> bool:
+        """Whether there is such a folder; the empty path stands for the root."""
         ...
 
     def list(self, folder: str) -> list[str]:
@@ -183,16 +187,22 @@ class LocalStorage:
         """Whether there is such a file."""
         return (self.root / path).is_file()
 
+    def has_folder(self, folder: str) -> bool:
+        """Whether there is such a folder."""
+        return (self.root / folder).is_dir()
+
     def list(self, folder: str) -> list[str]:
-        """Walk the folder; temporary files are left out."""
+        """Walk the folder. Links are listed wherever they lead, and never followed: one to a folder
+        may lead outside, or in a circle. Temporary files are left out.
+        """
         found: list[str] = []
         pending = [self.root / folder]
         while pending:
-            with suppress(FileNotFoundError), os.scandir(pending.pop()) as entries:
+            with _scanned(pending.pop()) as entries:
                 for entry in entries:
-                    if entry.is_dir():
+                    if entry.is_dir(follow_symlinks=False):
                         pending.append(Path(entry.path))
-                    elif not entry.name.endswith(".tmp"):
+                    elif not entry.name.endswith(".tmp") and _is_file(entry):
                         found.append(os.path.relpath(entry.path, self.root))
         return sorted(found)
 
@@ -200,6 +210,24 @@ class LocalStorage:
         """Remove the file if it is there."""
         with suppress(FileNotFoundError):
             (self.root / path).unlink()
+
+
+@contextmanager
+def _scanned(folder: Path) -> Iterator[Iterator[os.DirEntry[str]]]:
+    try:
+        entries = os.scandir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        yield iter(())
+    except PermissionError:
+        raise MachineError(f"cannot list {folder}: no permission to read it") from None
+    else:
+        with entries:
+            yield entries
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file or a link; a pipe is neither, and reading it would never end."""
+    return entry.is_symlink() or entry.is_file()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -261,12 +289,26 @@ class RemoteStorage:
         found = self._retried("read", path, lambda: self.filesystem.get_file_info(target))
         return bool(found.type == fs.FileType.File)
 
+    def has_folder(self, folder: str) -> bool:
+        """Whether there is an object below such a prefix."""
+        target = f"{self.base}/{folder}".rstrip("/")
+        found = self._retried("read", folder, lambda: self.filesystem.get_file_info(target))
+        if found.type == fs.FileType.NotFound:
+            self._listed(folder)  # a bucket that is not there says so here alone
+        return bool(found.type == fs.FileType.Directory)
+
     def list(self, folder: str) -> list[str]:
         """List the objects below a prefix."""
-        selector = fs.FileSelector(f"{self.base}/{folder}", recursive=True, allow_not_found=True)
+        return sorted(self.versions(folder))
+
+    def versions(self, folder: str) -> dict[str, str]:
+        """Path -> size and time of change of every object below a prefix, of one listing."""
         start = len(self.base) + 1
-        infos = self._retried("list", folder, lambda: self.filesystem.get_file_info(selector))
-        return sorted(info.path[start:] for info in infos if info.type == fs.FileType.File)
+        return {
+            info.path[start:]: f"{info.size} {info.mtime_ns}"
+            for info in self._listed(folder)
+            if info.type == fs.FileType.File
+        }
 
     def delete(self, path: str) -> None:
         """Remove the object if it is there."""
@@ -274,6 +316,14 @@ class RemoteStorage:
             self._retried(
                 "delete", path, lambda: self.filesystem.delete_file(f"{self.base}/{path}")
             )
+
+    def _listed(self, folder: str) -> Sequence[fs.FileInfo]:
+        # `allow_not_found` would take a bucket that is not there for an empty one.
+        selector = fs.FileSelector(f"{self.base}/{folder}", recursive=True)
+        try:
+            return self._retried("list", folder, lambda: self.filesystem.get_file_info(selector))
+        except FileNotFoundError:
+            return []
 
     def _retried(self, doing: str, path: str, action: Callable[[], T]) -> T:
         return retried(action, doing, self.place(path), self.backoff)

@@ -15,6 +15,7 @@ from PIL import Image
 from dafm_ray.config import DatasetConfig
 from dafm_ray.datasets.base import Dataset, Gallery, Query
 from dafm_ray.datasets.registry import load_dataset
+from dafm_ray.storage import open_storage
 from dafm_ray.tiles.manifest import Grid, ModelEntry
 from dafm_ray.tiles.store import ROLES, TileStore, feature_key, score_key, spans
 
@@ -43,6 +44,15 @@ def image_folder(
     text = "\n".join(json.dumps(line) for line in lines)
     (root / "queries.jsonl").write_text(text, encoding="utf-8")
     return root
+
+
+def upload(root: Path, uri: str) -> str:
+    """Every file of a folder; the URI."""
+    storage = open_storage(uri)
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            storage.write(path.relative_to(root).as_posix(), pa.py_buffer(path.read_bytes()))
+    return uri
 
 
 def tar_shard(file: Path, members: Sequence[tuple[str, bytes]]) -> None:

@@ -93,3 +93,28 @@ def test_a_read_only_folder(tmp_path):
 def test_an_unknown_scheme_is_refused():
     with pytest.raises(ConfigError, match="cannot open the storage URI"):
         open_storage("ftp2://somewhere/store")
+
+
+def test_links_are_listed_and_not_followed(tmp_path):
+    """A link may lead outside, in a circle, or nowhere; what is asked for may be a link itself."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder in (inside / "a", outside):
+        folder.mkdir(parents=True)
+        (folder / "x").touch()
+    (inside / "circle").symlink_to(inside)
+    (inside / "away").symlink_to(outside)
+    (inside / "broken").symlink_to(tmp_path / "nowhere")
+    (inside / "itself").symlink_to(inside / "itself")
+    (inside / "file").symlink_to(outside / "x")
+    os.mkfifo(inside / "pipe")
+    storage = LocalStorage(str(inside))
+    assert storage.list("") == ["a/x", "away", "broken", "circle", "file", "itself"]
+    assert storage.list("away") == ["away/x"]
+    assert storage.list("a/x") == []
+
+
+def test_folders(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "x").touch()
+    storage = LocalStorage(str(tmp_path))
+    assert [storage.has_folder(path) for path in ("", "a", "x", "b")] == [True, True, False, False]

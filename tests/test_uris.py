@@ -39,8 +39,6 @@ def test_what_must_be_local_says_so():
     [
         (["search", "store", "--image", "a.png", "--text", "b", "--out", S3], "--out"),
         (["demo", "--out", S3], "--out"),
-        (["data", "check", "folder", "--root", S3], "dataset.root"),
-        (["data", "check", "cirr", "--annotations", S3], "dataset.annotations"),
     ],
 )
 def test_a_uri_never_becomes_a_folder(command, key, tmp_path, monkeypatch, capsys):

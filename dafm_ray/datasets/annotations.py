@@ -1,14 +1,18 @@
 """Reading annotation files: every entry is checked, and what is wrong names its file and entry."""
 
+import io
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from dafm_ray.config import DatasetConfig
 from dafm_ray.datasets.base import Finding, Query
 from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.storage import Storage, open_storage
+from dafm_ray.uris import join, shown
 
 Value = TypeVar("Value")
 
@@ -23,34 +27,43 @@ class MissingAnnotationsError(DataError):
 _KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
 
 
-def annotations_below(config: DatasetConfig, below: str, file: str) -> Path:
+def annotations_below(config: DatasetConfig, below: str, file: str) -> Storage:
     """The folder that holds an annotation file: the one named, or the root, or `below` in it.
 
     Raises:
         ConfigError: no folder is named.
         DataError: none of them holds it.
+        MachineError: there is no such bucket, or its server refuses or does not answer.
     """
     named = config.annotations or config.root
     if not named:
         raise ConfigError("set dataset.root to the folder of images, or dataset.annotations")
-    for folder in (Path(named), Path(named) / below):
-        if (folder / file).is_file():
+    for place in (named, join(named, below)):
+        folder = open_storage(place)
+        if folder.has_folder("") and folder.exists(file):
             return folder
     raise MissingAnnotationsError(
-        f"there is no {file} in {named}; set dataset.annotations to the folder that holds "
+        f"there is no {file} in {shown(named)}; set dataset.annotations to the folder that holds "
         "captions/ and image_splits/"
     )
 
 
-def read_json(file: Path, kind: type[Value]) -> Value:
+def place_of(folder: Storage, file: str) -> str:
+    """Where a file lies, for messages."""
+    return shown(str(folder.place(file)))
+
+
+def read_json(folder: Storage, file: str, kind: type[Value]) -> Value:
     """A JSON file whose outermost value is a `kind`.
 
     Raises:
         DataError: it cannot be read, is not JSON, is something else, or repeats a key.
+        MachineError: its server refuses or does not answer.
     """
-    value = parse_json(read_text(file), str(file))
+    where = place_of(folder, file)
+    value = parse_json(read_text(folder, file), where)
     if not isinstance(value, kind):
-        raise DataError(f"{file} must hold {_KINDS[kind]}")
+        raise DataError(f"{where} must hold {_KINDS[kind]}")
     return value
 
 
@@ -73,20 +86,23 @@ def parse_json(text: str, where: str) -> Any:
     return value
 
 
-def read_text(file: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark.
+def read_text(folder: Storage, file: str) -> str:
+    """A UTF-8 file, with or without a byte order mark; every end of a line is `\\n`.
 
     Raises:
         DataError: it is missing, cannot be read, or is not UTF-8.
+        MachineError: its server refuses or does not answer.
     """
+    where = place_of(folder, file)
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return io.TextIOWrapper(io.BytesIO(folder.read(file)), encoding="utf-8-sig").read()
     except FileNotFoundError:
-        raise DataError(f"there is no file {file}") from None
+        raise DataError(f"there is no file {where}") from None
     except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+        reason = os.strerror(error.errno) if error.errno else error
+        raise DataError(f"{where} cannot be read: {reason}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 (byte {error.start}); convert it") from None
+        raise DataError(f"{where} is not UTF-8 (byte {error.start}); convert it") from None
 
 
 def take(entry: Any, key: str, kind: type[Value], where: str) -> Value:
@@ -139,14 +155,15 @@ def read_queries(
 
 
 def read_entries(
-    file: Path, build: Callable[[Any, str], Query]
+    folder: Storage, file: str, build: Callable[[Any, str], Query]
 ) -> tuple[tuple[Query, ...], tuple[Finding, ...]]:
     """`read_queries` of a JSON list; a file that is not there is one problem."""
-    if not file.exists():
-        detail = f"there is no file {file}, so there are no queries"
-        return (), (Finding(MISSING, file.name, detail, changes_metric=False),)
-    entries = enumerate(read_json(file, list))
-    return read_queries(((f"{file}, entry {n}", entry) for n, entry in entries), build)
+    where = place_of(folder, file)
+    if not folder.exists(file):
+        detail = f"there is no file {where}, so there are no queries"
+        return (), (Finding(MISSING, PurePosixPath(file).name, detail, changes_metric=False),)
+    entries = enumerate(read_json(folder, file, list))
+    return read_queries(((f"{where}, entry {n}", entry) for n, entry in entries), build)
 
 
 def is_text(text: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 from PIL import Image
 
 from dafm_ray.errors import DataError
+from dafm_ray.uris import shown
 
 ReferencePolicy = Literal["mask", "keep"]
 
@@ -236,7 +237,7 @@ def title_of(name: str, split: str, category: str) -> str:
 
 def label_of(name: str, split: str, category: str, root: str) -> str:
     """The title, and the root of an own folder, because all of these are called alike."""
-    return title_of(name, split, category) + (f" {root}" if name == "folder" else "")
+    return title_of(name, split, category) + (f" {shown(root)}" if name == "folder" else "")
 
 
 def contradictions(images: Sequence[str], queries: Sequence[Query]) -> Iterator[Finding]:

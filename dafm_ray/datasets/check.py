@@ -16,7 +16,6 @@ from pathlib import PurePosixPath
 from dafm_ray.config import DatasetConfig
 from dafm_ray.datasets.annotations import MissingAnnotationsError
 from dafm_ray.datasets.base import Draft, Finding, ImageSource, Query, title_of
-from dafm_ray.datasets.images import Files
 from dafm_ray.datasets.inspection import Inspection, inspect_images
 from dafm_ray.datasets.order import JUDGED, OrderLeak, order_leak
 from dafm_ray.datasets.registry import (
@@ -27,6 +26,7 @@ from dafm_ray.datasets.registry import (
     read_dataset,
 )
 from dafm_ray.datasets.shards import open_shards
+from dafm_ray.datasets.sources import ImageFiles, leaves
 from dafm_ray.errors import DataError
 from dafm_ray.progress import progress
 
@@ -189,12 +189,12 @@ def _unlike(draft: Draft, entry: Entry) -> Iterator[Finding]:
 
 def _paths(draft: Draft) -> Iterator[Finding]:
     """Image paths that leave the root, and files that stand for several images."""
-    if not isinstance(draft.source, Files):
+    if not isinstance(draft.source, ImageFiles):
         return
     seen: dict[str, str] = {}
     for id, locator in draft.images:
         path = PurePosixPath(locator)
-        if path.is_absolute() or ".." in path.parts:
+        if leaves(locator):
             yield Finding("path leaves the root", id, f"{id}: the path {locator!r} leaves the root")
         first = seen.setdefault(str(path), id)
         if first != id:

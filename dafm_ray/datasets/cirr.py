@@ -14,13 +14,14 @@ from typing import Any
 from dafm_ray.config import DatasetConfig
 from dafm_ray.datasets.annotations import (
     annotations_below,
+    place_of,
     read_entries,
     read_json,
     take,
     texts,
 )
 from dafm_ray.datasets.base import Draft, Query, exclude_reference
-from dafm_ray.datasets.images import Files
+from dafm_ray.datasets.sources import image_files
 from dafm_ray.errors import ConfigError, DataError, unknown
 
 SPLITS = ("train", "val", "test1")
@@ -47,10 +48,10 @@ def read_cirr(config: DatasetConfig) -> Draft:
         raise ConfigError(unknown("split of cirr", config.split, SPLITS))
     listed = f"image_splits/split.rc2.{config.split}.json"
     folder = annotations_below(config, "cirr", listed)
-    places = read_json(folder / listed, dict)
-    if "" in texts(list(places.values()), "the path of an image", str(folder / listed)):
-        raise DataError(f"{folder / listed}: the path of an image is empty")
-    queries, problems = read_entries(folder / f"captions/cap.rc2.{config.split}.json", _query)
+    places, where = read_json(folder, listed, dict), place_of(folder, listed)
+    if "" in texts(list(places.values()), "the path of an image", where):
+        raise DataError(f"{where}: the path of an image is empty")
+    queries, problems = read_entries(folder, f"captions/cap.rc2.{config.split}.json", _query)
     return Draft(
         name="cirr",
         split=config.split,
@@ -58,7 +59,7 @@ def read_cirr(config: DatasetConfig) -> Draft:
         policy="mask",
         images=tuple((name, path.removeprefix("./")) for name, path in places.items()),
         queries=queries,
-        source=Files(config.root),
+        source=image_files(config.root),
         problems=problems,
     )
 

@@ -10,24 +10,24 @@ and targets of its queries: fewer candidates, higher numbers, not comparable.
 Source: Wu et al., CVPR 2021, and the files of its repository.
 """
 
-import os
 from collections import defaultdict
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path, PurePath
+from pathlib import PurePosixPath
 from typing import Any
 
 from dafm_ray.config import DatasetConfig
 from dafm_ray.datasets.annotations import (
     annotations_below,
+    place_of,
     read_entries,
     read_json,
     take,
     texts,
 )
 from dafm_ray.datasets.base import Draft, Query
-from dafm_ray.datasets.images import Files
+from dafm_ray.datasets.sources import image_files
 from dafm_ray.errors import ConfigError, DataError, unknown
+from dafm_ray.storage import open_storage
 
 SPLITS = ("train", "val", "test")
 CATEGORIES = ("dress", "shirt", "toptee")
@@ -70,17 +70,22 @@ def read_fashioniq(config: DatasetConfig) -> Draft:
         )
     listed = f"image_splits/split.{category}.{split}.json"
     folder = annotations_below(config, "fashioniq", listed)
-    ids = texts(read_json(folder / listed, list), "the list of images", str(folder / listed))
-    captions = folder / f"captions/cap.{category}.{split}.json"
-    queries, problems = read_entries(captions, lambda entry, where: _query(entry, where, category))
+    ids = texts(read_json(folder, listed, list), "the list of images", place_of(folder, listed))
+    captions = f"captions/cap.{category}.{split}.json"
+    queries, problems = read_entries(
+        folder, captions, lambda entry, where: _query(entry, where, category)
+    )
     protocol = "fashioniq"
     if config.gallery == "val-split":
         protocol = "fashioniq-val-split"
         if not all(query.targets for query in queries):
-            raise DataError(f"{captions} holds no targets, which the val-split gallery is made of")
+            raise DataError(
+                f"{place_of(folder, captions)} holds no targets, which the val-split gallery is "
+                "made of"
+            )
         named = {id for query in queries for id in (query.reference, *query.targets)}
         ids = tuple(id for id in ids if id in named)
-    places = _places(Path(config.root) / "images") if config.root else {}
+    places = _places(config.root) if config.root else {}
     return Draft(
         name="fashioniq",
         split=split,
@@ -88,7 +93,7 @@ def read_fashioniq(config: DatasetConfig) -> Draft:
         policy="keep",
         images=tuple((id, places.get(id, f"images/{id}.png")) for id in ids),
         queries=_with_ids(queries, category),
-        source=Files(config.root),
+        source=image_files(config.root),
         category=category,
         problems=problems,
     )
@@ -124,11 +129,11 @@ def _with_ids(queries: tuple[Query, ...], category: str) -> tuple[Query, ...]:
     )
 
 
-def _places(folder: Path) -> dict[str, str]:
+def _places(root: str) -> dict[str, str]:
     """Id -> path below the root, of the image files that are there; PNG first."""
     found: dict[str, str] = {}
-    with suppress(OSError), os.scandir(folder) as entries:
-        files = [PurePath(entry.name) for entry in entries]
-        for suffix in reversed(SUFFIXES):
-            found |= {f.stem: f"images/{f}" for f in files if f.suffix.lower() == suffix}
+    listed = [PurePosixPath(path) for path in open_storage(root).list("images")]
+    files = [path for path in listed if len(path.parts) == 2]
+    for suffix in reversed(SUFFIXES):
+        found |= {f.stem: str(f) for f in files if f.suffix.lower() == suffix}
     return found

@@ -6,14 +6,24 @@ or inside their shards. The gallery is every image, or the lines of `gallery.txt
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from dafm_ray.config import DatasetConfig
-from dafm_ray.datasets.annotations import is_text, parse_json, read_queries, read_text, texts
+from dafm_ray.datasets.annotations import (
+    is_text,
+    parse_json,
+    place_of,
+    read_queries,
+    read_text,
+    texts,
+)
 from dafm_ray.datasets.base import Draft, Query, exclude_reference
-from dafm_ray.datasets.images import SUFFIXES, Files
+from dafm_ray.datasets.images import SUFFIXES
+from dafm_ray.datasets.sources import image_files
 from dafm_ray.errors import DataError
+from dafm_ray.storage import Storage, open_storage
+from dafm_ray.uris import last_part, shown
 
 QUERIES = "queries.jsonl"
 GALLERY = "gallery.txt"
@@ -29,38 +39,34 @@ def read_folder(config: DatasetConfig, names: Sequence[str] | None = None) -> Dr
 
     Raises:
         DataError: no folder or no queries.
+        MachineError: there is no such bucket, or its server refuses or does not answer.
     """
-    folder = Path(config.root)
-    if not config.root or not folder.is_dir():
-        raise DataError(
-            f"there is no folder {config.root!r}; set dataset.root to the folder of images"
-        )
-    if (folder / GALLERY).is_file():
-        names = [line for line in _lines(folder / GALLERY) if line.strip()]
+    root = shown(config.root)
+    folder = open_storage(config.root)
+    if not config.root or not folder.has_folder(""):
+        raise DataError(f"there is no folder {root!r}; set dataset.root to the folder of images")
+    if folder.exists(GALLERY):
+        names = [line for line in _lines(folder, GALLERY) if line.strip()]
     elif names is None:
-        names = sorted(
-            path.relative_to(folder).as_posix()
-            for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES and (path.is_file() or path.is_symlink())
-        )
+        listed = folder.list("")
+        names = [path for path in listed if PurePosixPath(path).suffix.lower() in SUFFIXES]
     unspeakable = [name for name in names if not is_text(name)]
     if unspeakable:
-        raise DataError(f"{folder}: the file name {unspeakable[0]!r} is not UTF-8; rename it")
-    file = folder / QUERIES
-    if not file.is_file():
-        raise DataError(f"{folder} holds no {QUERIES}; write one query a line")
-    lines = enumerate(_lines(file), 1)
+        raise DataError(f"{root}: the file name {unspeakable[0]!r} is not UTF-8; rename it")
+    if not folder.exists(QUERIES):
+        raise DataError(f"{root} holds no {QUERIES}; write one query a line")
+    where, lines = place_of(folder, QUERIES), enumerate(_lines(folder, QUERIES), 1)
     queries, problems = read_queries(
-        ((f"{file}:{n}", line) for n, line in lines if line.strip()), _query
+        ((f"{where}:{n}", line) for n, line in lines if line.strip()), _query
     )
     return Draft(
         name="folder",
-        split=folder.name,
+        split=last_part(config.root),
         protocol="folder",
         policy="mask",
         images=tuple((name, name) for name in names),
         queries=queries,
-        source=Files(str(folder.resolve())),
+        source=image_files(folder.uri),
         problems=problems,
     )
 
@@ -108,5 +114,5 @@ def _texts(values: dict[str, Any], many: str, one: str, where: str) -> tuple[str
     return texts([found] if isinstance(found, str) else found, many, where)
 
 
-def _lines(file: Path) -> list[str]:
-    return read_text(file).replace("\r\n", "\n").split("\n")
+def _lines(folder: Storage, file: str) -> list[str]:
+    return read_text(folder, file).split("\n")

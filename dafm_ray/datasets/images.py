@@ -6,9 +6,6 @@ orientation is applied; 16-bit greyscale is scaled to 8 bits.
 """
 
 import io
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -93,50 +90,3 @@ _ODD_MODES = {
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image).astype(np.int64)
     return Image.fromarray((pixels.clip(0, 65535) >> 8).astype(np.uint8))
-
-
-@dataclass(frozen=True)
-class NoImages:
-    """The source of a data set whose images are not at hand."""
-
-    def open(self, locator: str) -> Image.Image:
-        """There is nothing to open."""
-        raise ImageError("the images are not at hand")
-
-
-class StoredImages(Protocol):
-    """An `ImageSource` of encoded files."""
-
-    def read(self, locator: str) -> bytes:
-        """Bytes of one image file.
-
-        Raises:
-            ImageError: it is missing or cannot be read.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Files:
-    """Image files below one folder; a locator is a path relative to it."""
-
-    root: str
-
-    def open(self, locator: str) -> Image.Image:
-        """Read and decode one file."""
-        return decode(self.read(locator))
-
-    def read(self, locator: str) -> bytes:
-        """Read one file; a path that leaves the folder is refused."""
-        root = Path(self.root).resolve()
-        try:
-            path = (root / locator).resolve()
-            if not path.is_relative_to(root):
-                raise ImageError(f"the path {locator!r} leaves {self.root}")
-            return path.read_bytes()
-        except FileNotFoundError:
-            raise ImageError("the file is missing") from None
-        except OSError as error:
-            raise ImageError(f"cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise ImageError(f"{locator!r} is not a path: {error}") from None

@@ -9,8 +9,9 @@ import xxhash
 from PIL import Image
 
 from dafm_ray.datasets.base import ImageSource
-from dafm_ray.datasets.images import ImageError, StoredImages, decode, oddities
+from dafm_ray.datasets.images import ImageError, decode, oddities
 from dafm_ray.datasets.shards import ParquetImages, RowGroup
+from dafm_ray.datasets.sources import StoredImages
 from dafm_ray.session import (
     Row,
     available_cpus,

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from dafm_ray.config import DatasetConfig
 from dafm_ray.datasets import cirr, fashioniq, icons
+from dafm_ray.datasets.annotations import place_of
 from dafm_ray.datasets.base import Dataset, Draft
 from dafm_ray.datasets.folder import read_folder
-from dafm_ray.datasets.images import Files
 from dafm_ray.datasets.shards import Shards, open_shards, stored_in
+from dafm_ray.datasets.sources import ImageFiles, leaves
 from dafm_ray.errors import ConfigError, DataError, unknown
-from dafm_ray.uris import refuse_uri
+from dafm_ray.storage import open_storage
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,6 @@ def read_dataset(config: DatasetConfig, shards: Shards | None = None) -> Draft:
         given = getattr(config, key.name) != key.default
         if key.name != "name" and given and key.name not in entry.keys:
             raise ConfigError(f"dataset.{key.name} says nothing about {config.name}; leave it out")
-    for place in ("root", "annotations"):
-        refuse_uri(
-            f"dataset.{place}",
-            getattr(config, place),
-            "images behind a URI lie in shards (dataset.images), annotations in a local folder",
-        )
     if not config.images:
         return entry.read(config)
     source, places = shards or open_shards(config.images)
@@ -121,18 +116,20 @@ def dataset_entry(name: str) -> Entry:
     return DATASETS[name]
 
 
-def missing_folder(draft: Draft) -> Path | None:
-    """The folder that should hold the images, if none of them has its folder.
+def missing_folder(draft: Draft) -> str | None:
+    """The folder that should hold the images, for messages, if none of them has its folder.
 
     Raises:
         ConfigError: no root is named.
+        MachineError: there is no such bucket, or its server refuses or does not answer.
     """
-    if not isinstance(draft.source, Files):
+    if not isinstance(draft.source, ImageFiles):
         return None
     if not draft.source.root:
         raise ConfigError("set dataset.root to the folder of images")
-    root = Path(draft.source.root)
-    folders = sorted({str(PurePosixPath(locator).parent) for _, locator in draft.images})
-    if not folders or any((root / folder).is_dir() for folder in folders):
+    root = open_storage(draft.source.root)
+    inside = (PurePosixPath(locator) for _, locator in draft.images if not leaves(locator))
+    folders = sorted({"/".join(path.parts[:-1]) for path in inside})
+    if not folders or any(map(root.has_folder, folders)):
         return None
-    return root / folders[0]
+    return place_of(root, folders[0])

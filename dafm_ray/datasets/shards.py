@@ -53,6 +53,11 @@ class ShardedImages(ABC):
     filesystem: fs.FileSystem
     shards: tuple[str, ...]
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shards lie behind a URI."""
+        return not isinstance(self.filesystem, fs.LocalFileSystem)
+
     def open(self, locator: str) -> Image.Image:
         """Read and decode one image."""
         return decode(self.read(locator))
@@ -82,10 +87,8 @@ class TarImages(ShardedImages):
             return found
 
         try:
-            if isinstance(self.filesystem, fs.LocalFileSystem):
-                data = read()
-            else:  # a server that is busy must not put sound images into quarantine
-                data = retried(read, "read", self.shards[shard])
+            # A server that is busy must not put sound images into quarantine.
+            data = retried(read, "read", self.shards[shard]) if self.is_remote else read()
         except OSError as error:
             raise ImageError(f"{self.shards[shard]} cannot be read: {error}") from None
         if len(data) < second:

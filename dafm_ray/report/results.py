@@ -14,6 +14,7 @@ from dafm_ray.report.published import published_for
 from dafm_ray.report.tables import Row, Table
 from dafm_ray.tiles.manifest import Manifest, joint_title
 from dafm_ray.tiles.store import TileStore
+from dafm_ray.uris import shown
 
 BASELINES = ("mean@zscore", "convex@zscore", "convex@zscore+bank")
 """Systems that every other one is compared with, beside the best single and the best static one."""
@@ -106,7 +107,7 @@ def _caption(stores: Sequence[TileStore], queries: Sequence[Query]) -> str:
     manifests = [store.manifest for store in stores]
     first = manifests[0]
     roots = dict.fromkeys(manifest.dataset.get("root") for manifest in manifests)
-    places = "".join(f" {root}" for root in roots if root)
+    places = "".join(f" {shown(root)}" for root in roots if root)
     policy = "masked" if first.policy == "mask" else "kept"
     hidden = sum(len(store.hidden) for store in stores)
     unlabelled = sum(manifest.queries_size for manifest in manifests) - len(queries) - hidden

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dafm_ray.datasets.base import Dataset, Query
 from dafm_ray.datasets.images import ImageError
+from dafm_ray.datasets.sources import opened
 from dafm_ray.errors import ConfigError, DataError, MachineError
 from dafm_ray.files import csv_text
 from dafm_ray.models.base import FrozenModel
@@ -67,12 +68,13 @@ def gallery_blocks(
         for start in range(0, len(gallery), batch):
             part = slice(start, start + batch)
             ids, images, unusable = [], [], []
-            for id, locator in zip(gallery.ids[part], gallery.locators[part], strict=True):
-                try:
-                    images.append(model.preprocess(dataset.source.open(locator)))
+            found = opened(dataset.source, gallery.locators[part])
+            for id, image in zip(gallery.ids[part], found, strict=True):
+                if isinstance(image, str):
+                    unusable.append(Unusable(id, image))
+                else:
+                    images.append(model.preprocess(image))
                     ids.append(id)
-                except ImageError as error:
-                    unusable.append(Unusable(id, str(error)))
             features = np.empty((0,), np.float32)
             if ids:
                 with torch.inference_mode():

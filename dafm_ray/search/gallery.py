@@ -1,12 +1,13 @@
 """The index of a data set's gallery under one model, made once and kept."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from dafm_ray.datasets.base import Dataset, ImageSource, digest
-from dafm_ray.datasets.images import Files, ImageError
+from dafm_ray.datasets.images import ImageError
 from dafm_ray.datasets.shards import ShardedImages
+from dafm_ray.datasets.sources import ImageFiles
 from dafm_ray.models.base import FrozenModel
 from dafm_ray.models.checkpoints import weights_digest
 from dafm_ray.models.registry import resolve
@@ -15,7 +16,7 @@ from dafm_ray.search.encode import gallery_blocks
 from dafm_ray.search.index import IDS, RECORD, VECTORS, FlatIndex, Index
 from dafm_ray.search.sharded import ShardedIndex
 from dafm_ray.storage import fetched, open_storage, results
-from dafm_ray.uris import join, shown
+from dafm_ray.uris import is_uri, join, shown
 
 BATCH = 64
 
@@ -40,28 +41,25 @@ def index_digest(identity: str, dataset: Dataset) -> str:
         dataset: whose gallery.
     """
     gallery = dataset.gallery
-    images = digest([f"{at} {_state(dataset.source, at)}" for at in gallery.locators])
+    states = zip(gallery.locators, _states(dataset.source, gallery.locators), strict=True)
+    images = digest([f"{locator} {state}" for locator, state in states])
     return digest([identity, dataset.name, _place(dataset.source), gallery.digest, images])
 
 
 def _place(source: ImageSource) -> str:
-    if isinstance(source, Files):
-        return str(Path(source.root).resolve())
+    if isinstance(source, ImageFiles):
+        return shown(source.root) if is_uri(source.root) else str(Path(source.root).resolve())
     if isinstance(source, ShardedImages):
         infos = source.filesystem.get_file_info(list(source.shards))
         return digest([f"{info.path} {info.size} {info.mtime_ns}" for info in infos])
     return type(source).__qualname__
 
 
-def _state(source: ImageSource, locator: str) -> str:
+def _states(source: ImageSource, locators: Sequence[str]) -> list[str]:
     """What changes when an image file is replaced under its name; empty if it is in a shard, or
     missing.
     """
-    if isinstance(source, Files):
-        with suppress(OSError, ValueError):
-            stat = (Path(source.root) / locator).stat()
-            return f"{stat.st_size} {stat.st_mtime_ns}"
-    return ""
+    return source.versions(locators) if isinstance(source, ImageFiles) else [""] * len(locators)
 
 
 def gallery_index(

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from dafm_ray.config import ModelConfig
 from dafm_ray.datasets.base import Dataset, ImageSource
-from dafm_ray.datasets.images import ImageError
+from dafm_ray.datasets.sources import opened
 from dafm_ray.errors import ConfigError
 from dafm_ray.progress import Progress
 from dafm_ray.session import available_cpus, cpu_resources, one_thread
@@ -203,8 +203,7 @@ class Decoder:
         store, source = self.parts[unit.part]
         images: list[Image.Image | str | Usable] = []
         pixels = 0
-        for locator in unit.locators:
-            image = _open(source, locator)
+        for locator, image in zip(unit.locators, opened(source, unit.locators), strict=True):
             if not isinstance(image, str):
                 pixels += 3 * image.width * image.height
             images.append(
@@ -218,13 +217,6 @@ class Decoder:
         if failures:
             store.quarantine(unit.role, unit.block, failures)
         return replace(unit, images=tuple(images))
-
-
-def _open(source: ImageSource, locator: str) -> "Image.Image | str":
-    try:
-        return source.open(locator)
-    except ImageError as error:
-        return str(error)
 
 
 class Encoder:

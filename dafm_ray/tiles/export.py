@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dafm_ray.datasets.base import Draft, Query, digest
-from dafm_ray.datasets.images import NoImages
+from dafm_ray.datasets.sources import NoImages
 from dafm_ray.errors import DataError
 from dafm_ray.files import replacing
 from dafm_ray.progress import progress

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from dafm_ray.config import DatasetConfig, PrecomputeConfig, parse_config
-from dafm_ray.datasets.annotations import read_json, read_queries, take, texts
+from dafm_ray.datasets.annotations import place_of, read_json, read_queries, take, texts
 from dafm_ray.datasets.base import (
     PROTOCOLS,
     Dataset,
@@ -30,8 +30,8 @@ from dafm_ray.datasets.base import (
     exclude_reference,
     refuse_duplicates,
 )
-from dafm_ray.datasets.images import NoImages
 from dafm_ray.datasets.registry import read_dataset
+from dafm_ray.datasets.sources import NoImages
 from dafm_ray.errors import ConfigError, DataError, unknown
 from dafm_ray.lease import writing
 from dafm_ray.progress import progress
@@ -217,15 +217,17 @@ def _searched(folder: Path, dataset: DatasetConfig | None) -> tuple[Draft, dict[
             f"{folder} holds no scores.json; write one, or name a data set whose annotations say "
             "what the scores are about"
         )
+    storage = open_storage(str(folder))
     config = parse_config(
-        ScoresConfig, read_json(folder / "scores.json", dict), str(folder / "scores.json")
+        ScoresConfig, read_json(storage, "scores.json", dict), place_of(storage, "scores.json")
     )
-    file = folder / "queries.json"
+    file = place_of(storage, "queries.json")
+    entries = enumerate(read_json(storage, "queries.json", list))
     queries, problems = read_queries(
-        ((f"{file}, entry {n}", entry) for n, entry in enumerate(read_json(file, list))),
+        ((f"{file}, entry {n}", entry) for n, entry in entries),
         lambda entry, where: _query(entry, where, config),
     )
-    ids = _read_ids(folder / "gallery_ids.json")
+    ids = _read_ids(storage, "gallery_ids.json")
     named = {id for q in queries for id in (q.reference, *q.targets, *q.excluded, *q.group)}
     _refuse_strangers(sorted(named), ids, f"{file}: gallery_ids.json does not hold")
     categories = {query.category for query in queries}
@@ -289,13 +291,13 @@ def _query(entry: Any, where: str, config: ScoresConfig) -> Query:
     )
 
 
-def _read_ids(file: Path) -> list[str]:
+def _read_ids(folder: Storage, file: str) -> list[str]:
     """A list of ids; numbers are taken as text."""
-    values = read_json(file, list)
+    values, where = read_json(folder, file, list), place_of(folder, file)
     if not all(type(value) is int or isinstance(value, str) for value in values):
-        raise DataError(f"{file} must be a list of ids")
+        raise DataError(f"{where} must be a list of ids")
     ids = [str(value) for value in values]
-    refuse_duplicates(ids, f"{file}: id")
+    refuse_duplicates(ids, f"{where}: id")
     return ids
 
 
@@ -306,8 +308,9 @@ def _systems(
     if not found:
         raise DataError(f"{folder} holds no scores: no .npy, .safetensors, run or server file")
     dense = any(scores.shape() for scores, _ in found.values())
-    query_ids = _read_ids(folder / "query_ids.json") if dense else None
-    gallery_ids = _read_ids(folder / "gallery_ids.json") if dense else None
+    storage = open_storage(str(folder))
+    query_ids = _read_ids(storage, "query_ids.json") if dense else None
+    gallery_ids = _read_ids(storage, "gallery_ids.json") if dense else None
     systems = {
         name: _aligned(scores, dataset, query_ids, gallery_ids, file)
         for name, (scores, file) in found.items()

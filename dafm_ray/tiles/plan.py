@@ -15,7 +15,7 @@ import numpy as np
 
 from dafm_ray.config import ModelConfig, PrecomputeConfig
 from dafm_ray.datasets.base import Dataset, ImageSource
-from dafm_ray.datasets.images import ImageError
+from dafm_ray.datasets.sources import opened
 from dafm_ray.markdown import markdown_table
 from dafm_ray.models.registry import load_model, resolve
 from dafm_ray.session import (
@@ -324,11 +324,8 @@ def _decode_s(dataset: Dataset) -> float:
 
 def _decoded(source: ImageSource, locators: Sequence[str]) -> float:
     started = time.perf_counter()
-    for locator in locators:
-        try:
-            source.open(locator)
-        except ImageError:
-            continue
+    for _ in opened(source, locators):
+        pass
     return (time.perf_counter() - started) / len(locators)
 
 

@@ -3,9 +3,17 @@ import json
 import pytest
 
 from dafm_ray.config import DatasetConfig
-from dafm_ray.datasets.annotations import annotations_below, read_json, read_queries, take, texts
+from dafm_ray.datasets.annotations import (
+    annotations_below,
+    read_json,
+    read_queries,
+    read_text,
+    take,
+    texts,
+)
 from dafm_ray.datasets.base import Query
 from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.storage import open_storage
 
 
 @pytest.mark.parametrize(
@@ -22,17 +30,20 @@ def test_a_file_that_is_not_what_it_should_be_is_named(tmp_path, content, kind, 
     file = tmp_path / "x.json"
     file.write_bytes(content)
     with pytest.raises(DataError, match=message) as raised:
-        read_json(file, kind)
+        read_json(open_storage(str(tmp_path)), "x.json", kind)
     assert str(file) in str(raised.value)
 
 
-def test_a_missing_file_and_a_byte_order_mark(tmp_path):
+def test_a_missing_file_a_byte_order_mark_and_ends_of_lines(tmp_path):
+    folder = open_storage(str(tmp_path))
     with pytest.raises(DataError, match="there is no file"):
-        read_json(tmp_path / "nothing.json", list)
+        read_json(folder, "nothing.json", list)
     with pytest.raises(DataError, match="cannot be read"):
-        read_json(tmp_path, list)
+        read_json(folder, "", list)
     (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf[1]")
-    assert read_json(tmp_path / "x.json", list) == [1]
+    assert read_json(folder, "x.json", list) == [1]
+    (tmp_path / "x.txt").write_bytes(b"a\r\nb\rc\n")
+    assert read_text(folder, "x.txt") == "a\nb\nc\n"
 
 
 @pytest.mark.parametrize(
@@ -71,9 +82,11 @@ def test_annotations_lie_in_the_root_or_below_it_or_where_it_is_said(tmp_path):
     (tmp_path / "cirr").mkdir()
     (tmp_path / "cirr" / "x.json").touch()
     root = str(tmp_path)
-    assert annotations_below(DatasetConfig("cirr", root=root), "cirr", "x.json").name == "cirr"
+    for where in (root, f"file://{root}"):
+        found = annotations_below(DatasetConfig("cirr", root=where), "cirr", "x.json")
+        assert found.uri == str(tmp_path / "cirr")
     named = DatasetConfig("cirr", root="elsewhere", annotations=str(tmp_path / "cirr"))
-    assert annotations_below(named, "cirr", "x.json") == tmp_path / "cirr"
+    assert annotations_below(named, "cirr", "x.json").uri == str(tmp_path / "cirr")
     with pytest.raises(DataError, match=r"there is no y\.json in"):
         annotations_below(DatasetConfig("cirr", root=root), "cirr", "y.json")
     with pytest.raises(ConfigError, match=r"set dataset\.root"):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dafm_ray.config import DatasetConfig
-from dafm_ray.datasets.images import Files
 from dafm_ray.datasets.registry import load_dataset
+from dafm_ray.datasets.sources import Files
 from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.models.registry import load_model
 from dafm_ray.search.gallery import gallery_index, identity_of, index_digest

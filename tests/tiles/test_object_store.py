@@ -1,6 +1,7 @@
 """A store on a real S3-protocol server."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,7 @@ from tests.samples import (
     parquet_shard,
     score_store,
     tar_shard,
+    upload,
 )
 
 
@@ -114,14 +116,23 @@ def job_of(tmp_path, store):
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.timeout(170)
 def test_a_store_made_on_a_failing_server_is_the_store_on_disk(object_store, tmp_path):
-    """One request of seven fails, in one of four ways, or is late."""
+    """Its images lie there, too, but for one. One request of seven fails, in one of four ways, or
+    is late.
+    """
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "gallery.txt").write_text("".join(f"{n:03d}.png\n" for n in range(11)))
     local = precompute(job_of(tmp_path, tmp_path / "store")).store
+    images = upload(tmp_path / "images", object_store.uri("images"))
     ways = itertools.cycle([500, "cut", 503, "slow", 429])
     is_due = every(7, True)
     object_store.fault = lambda method, path: next(ways) if is_due(method, path) else None
-    there = precompute(job_of(tmp_path, object_store.uri("store"))).store
+    job = job_of(tmp_path, object_store.uri("store"))
+    there = precompute(replace(job, dataset=DatasetConfig("folder", root=images))).store
     assert object_store.faults > len(object_store.requests) / 15
     assert there.scores_digest == local.scores_digest
+    listed = there.storage.read("quarantine.csv").to_pybytes()
+    assert listed == local.storage.read("quarantine.csv").to_pybytes()
+    assert listed.count(b"the file is missing") == 1
     assert all(problem == "" for _, problem in there.verify())
 
 
