@@ -17,6 +17,7 @@ from dafm_ray.finetune.dpo import INDEX
 from dafm_ray.finetune.losses import preference_loss, smooth_log_rank
 from dafm_ray.finetune.objective import total_loss
 from dafm_ray.finetune.trainer import build, objective_of, save_weights, train
+from dafm_ray.storage import open_storage
 from tests.finetune.test_step import VIT
 from tests.samples import image_folder
 
@@ -166,6 +167,16 @@ def test_a_resumed_run_equals_an_unbroken_one(config, near):
     broken = run(replace(config, patience=5), stop_after=3)
     resumed = run(replace(config, patience=5), state=broken[-1][1])
     assert [m for m, _ in whole] == [m for m, _ in broken + resumed]
+
+
+def test_the_index_of_a_run_at_a_uri_lies_there(config, tmp_path, object_store, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    opened(replace(config, out=object_store.uri("run")))
+    assert any(
+        path.endswith("/index.faiss") for path in open_storage(object_store.uri("run")).list(INDEX)
+    )
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_the_index_is_made_once_and_anew_for_other_weights(config, tmp_path, monkeypatch):
