@@ -23,10 +23,8 @@ ARG TORCH_INDEX=
 # The packages first: they are the large part and change less often than the code.
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
         > /tmp/dependencies.txt \
-    && if [ -n "$TORCH_INDEX" ]; then \
-        pip install --no-cache-dir --constraint constraints.txt --index-url "$TORCH_INDEX" torch torchvision; \
-    fi \
-    && pip install --no-cache-dir --constraint constraints.txt --requirement /tmp/dependencies.txt boto3 optuna
+    && pip install --no-cache-dir --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
+        --requirement /tmp/dependencies.txt boto3 optuna
 
 COPY README.md LICENSE ./
 COPY dafm_ray dafm_ray

@@ -642,7 +642,9 @@ def _tiles_ingest(arguments: argparse.Namespace) -> int:
     done = ingest(arguments.scores, arguments.out, named)
     say(*done.notes)
     store = done.store
-    print(f"{store.uri}: {store.size('queries')} queries, {store.size('gallery')} candidates")
+    print(
+        f"{shown(store.uri)}: {store.size('queries')} queries, {store.size('gallery')} candidates"
+    )
     for system in done.coverage:
         scored = f"{100 * (1 - system.missing):.1f} % of the pairs scored"
         empty = f", {system.empty_queries} queries without any" if system.empty_queries else ""
@@ -666,7 +668,7 @@ def _tiles_info(arguments: argparse.Namespace) -> int:
 
     store = TileStore(arguments.store)
     manifest = store.manifest
-    print(f"{store.uri}: {manifest.title}, protocol {manifest.protocol}")
+    print(f"{shown(store.uri)}: {manifest.title}, protocol {manifest.protocol}")
     listed = f", shortlists of the first {manifest.shortlist}" if manifest.shortlist else ""
     print(
         f"{manifest.queries_size} queries x {manifest.gallery_size} images, "
@@ -693,7 +695,7 @@ def _tiles_bank(arguments: argparse.Namespace) -> int:
     store.refuse_incomplete()
     fold_of_Q = bank_folds(store.queries, arguments.folds, arguments.seed)
     bank = own_bank(store, fold_of_Q, arguments.t, profiles=True)
-    print(f"{store.uri}: {bank.note}")
+    print(f"{shown(store.uri)}: {bank.note}")
     for name, hubs_N in zip(bank.models, bank.without(), strict=True):
         most = ", ".join(store.gallery_ids[n] for n in hubs_N.argsort()[::-1][:3])
         print(f"{name}: hub statistics from {hubs_N.min():.2f} to {hubs_N.max():.2f} ({most})")
@@ -721,7 +723,10 @@ def _tiles_verify(arguments: argparse.Namespace) -> int:
             "`dafm tiles verify --repair`, then `dafm precompute` (or `dafm tiles ingest`) again"
         )
     missing = len(store.missing())
-    print(f"{store.uri}: {checked} files, every checksum holds; {missing} tiles not computed yet")
+    print(
+        f"{shown(store.uri)}: {checked} files, every checksum holds; {missing} tiles not computed "
+        "yet"
+    )
     return DONE
 
 

@@ -18,6 +18,8 @@ from dafm_ray.finetune.config import FinetuneConfig, MineConfig
 from dafm_ray.uris import above, join, shown
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from dafm_ray.report.evaluate import Evaluation
 
 Config = TypeVar("Config")
@@ -80,9 +82,11 @@ def guarded(action: Callable[[], int]) -> int:
 
 
 def say(*lines: str) -> None:
-    """Messages for people go to standard error; results go to standard output."""
+    """Messages for people go to standard error; results go to standard output. Credentials that a
+    URI holds are left out.
+    """
     for line in lines:
-        print(line, file=sys.stderr, flush=True)
+        print(shown(line), file=sys.stderr, flush=True)
 
 
 def precompute_job(config: PrecomputeConfig) -> int:
@@ -115,7 +119,8 @@ def retrieve_job(config: RetrieveConfig) -> int:
     from dafm_ray.search.encode import QUARANTINE
     from dafm_ray.search.retrieve import METRICS, RANKINGS, retrieve
 
-    found = retrieve(config)
+    with _alone(config.out):
+        found = retrieve(config)
     counted, measured = found.metrics, found.latency
     if counted["queries"]:
         percents = "  ".join(f"{name} {value:.1f}" for name, value in counted["metrics"].items())
@@ -140,7 +145,8 @@ def evaluate_job(config: EvaluateConfig) -> int:
     """Evaluate the sub-models and fusions of a store; write metrics, tables and a report."""
     from dafm_ray.report.evaluate import evaluate
 
-    return _shown(evaluate(config))
+    with _alone(config.out):
+        return _shown(evaluate(config))
 
 
 def train_fusion_job(config: FusionConfig) -> int:
@@ -173,8 +179,8 @@ def tune_fusion_job(config: StudyConfig) -> int:
     report = report_study(config)
     print(report.table)
     print("\n".join(report.notes))
-    print(f"study: {report.out}")
-    return _exit_code(report.failures, f"{report.out}/trials.csv")
+    print(f"study: {shown(report.out)}")
+    return _exit_code(report.failures, join(report.out, "trials.csv"))
 
 
 def finetune_job(config: FinetuneConfig) -> int:
@@ -197,7 +203,8 @@ def negatives_job(config: MineConfig) -> int:
     from dafm_ray.finetune.mining import NEGATIVES, mine_negatives
     from dafm_ray.search.encode import QUARANTINE
 
-    found = mine_negatives(config)
+    with _alone(config.out):
+        found = mine_negatives(config)
     counts = found.counts
     print(f"index of {counts['gallery']} images, {counts['index']}")
     print(f"{counts['negatives']} negatives of {counts['queries']} queries")
@@ -206,6 +213,14 @@ def negatives_job(config: MineConfig) -> int:
     print(f"{len(counts['without']):10}  queries left without any")
     print(f"negatives: {shown(join(found.out, NEGATIVES))}")
     return _exit_code(found.failures, shown(join(found.out, QUARANTINE)))
+
+
+def _alone(out: str) -> "AbstractContextManager[None]":
+    """While it is held, a second job with the same `out` is refused."""
+    from dafm_ray.lease import writing
+    from dafm_ray.storage import open_storage
+
+    return writing(open_storage(out))
 
 
 def _shown(evaluation: "Evaluation") -> int:

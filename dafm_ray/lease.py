@@ -101,7 +101,8 @@ def _renewed(storage: Storage) -> Iterator[None]:
         done.set()
         thread.join()
         if not lost.is_set():
-            storage.delete(LEASE)
+            with suppress(MachineError):  # it expires; what ended the run is what to say
+                storage.delete(LEASE)
     if lost.is_set():
         raise _taken(storage, "it took the lease over")
 

@@ -1,6 +1,7 @@
 """Progress of long work: a bar with rate and ETA on a terminal, `status.json` for machines."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,13 +22,14 @@ _INTERVAL_S = 1.0
 
 @dataclass
 class Status:
-    """What `status.json` says; `rate` in items a second."""
+    """What `status.json` says; `rate` in items a second, `waiting` why nothing goes on."""
 
     stage: str
     done: int
     total: int
     rate: float = 0.0
     failures: int = 0
+    waiting: str = ""
 
 
 class Progress:
@@ -36,6 +38,7 @@ class Progress:
     def __init__(self, status: Status, unit: str, write_status: StatusWriter | None) -> None:
         self._status = status
         self._write_status = write_status
+        self._one_writer = threading.Lock()
         self._already_done = status.done
         self._started = self._written = time.monotonic()
         self._bar = tqdm(
@@ -46,6 +49,7 @@ class Progress:
     def advance(self, items: int = 1, failures: int = 0) -> None:
         """Count finished and failed items."""
         now = time.monotonic()
+        self._status.waiting = ""
         self._status.done += items
         self._status.failures += failures
         self._status.rate = (self._status.done - self._already_done) / max(
@@ -56,13 +60,27 @@ class Progress:
             self._written = now
             self._write()
 
+    @property
+    def done(self) -> int:
+        """Finished items."""
+        return self._status.done
+
+    def wait(self, reason: str) -> None:
+        """Say why nothing goes on, until an item is finished."""
+        if reason != self._status.waiting:
+            self._status.waiting = reason
+            self._write()
+            tqdm.write(f"waiting: {reason}", file=sys.stderr)
+
     def close(self) -> None:
         """End the bar and write the last status."""
         self._bar.close()
         self._write()
 
     def _write(self) -> None:
-        if self._write_status is not None:
+        if self._write_status is None:
+            return
+        with self._one_writer:
             self._write_status((json.dumps(asdict(self._status)) + "\n").encode())
 
 

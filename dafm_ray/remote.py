@@ -161,9 +161,10 @@ def retried(action: Callable[[], T], doing: str, where: str, backoff: Backoff | 
             if not may_pass(error):
                 _refuse(error, doing, where)
             if failed == backoff.tries:
+                last = str(error).rstrip(".")
                 raise MachineError(
                     f"cannot {doing} {shown(where)}: it failed {failed} times within "
-                    f"{time.monotonic() - started:.0f} s, the last time with: {error}. Start again "
+                    f"{time.monotonic() - started:.0f} s, the last time with: {last}. Start again "
                     "once the storage answers; finished work is kept"
                 ) from error
         backoff.wait(failed)

@@ -12,7 +12,7 @@ import yaml
 
 from dafm_ray.config import parse_config, to_yaml
 from dafm_ray.errors import ConfigError, DafmError
-from dafm_ray.lease import writing
+from dafm_ray.lease import LEASE, writing
 from dafm_ray.progress import STATUS, followed, status_line, status_writer
 from dafm_ray.session import available_cpus, available_gpus, cpu_resources
 from dafm_ray.storage import Storage, open_storage
@@ -43,10 +43,16 @@ def claimed(out: Storage, config: Any, machine: Collection[str]) -> Iterator[Non
         MachineError: another process holds it.
     """
     with writing(out):
-        with suppress(FileNotFoundError, NotADirectoryError):
-            refuse_other(out.read(CONFIG).to_pybytes(), config, machine, shown(out.uri))
+        if has_begun(out):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                refuse_other(out.read(CONFIG).to_pybytes(), config, machine, shown(out.uri))
         out.write(CONFIG, pa.py_buffer(to_yaml(config).encode()))
         yield
+
+
+def has_begun(out: Storage) -> bool:
+    """Whether a run left more than what it is: one that was refused at its start is no run."""
+    return not {CONFIG, STATUS, LEASE}.issuperset(out.list(""))
 
 
 def refuse_other(written: bytes, config: Any, machine: Collection[str], where: str) -> None:

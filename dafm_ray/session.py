@@ -2,10 +2,13 @@
 
 import os
 import pickle
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dafm_ray.errors import ConfigError, DafmError, MachineError
+from dafm_ray.progress import Progress
 
 Row = dict[str, Any]
 """A row of a Ray Data pipeline."""
@@ -13,6 +16,12 @@ Row = dict[str, Any]
 CPU_RESOURCE = "DAFM_CPU_RESOURCE"
 """Environment variable that names a custom resource of the nodes for work without a GPU: decoding,
 scoring, training of fusions and trials. It keeps them off machines that are paid for their GPU."""
+
+SOME = 0.001
+"""Of that resource: no node runs out of it."""
+
+PATIENCE_S = 60.0
+"""An encoder may take so long to load its model, or Ray to start anew what a lost node held."""
 
 _OBJECT_STORE_BYTES = 2_000_000_000
 
@@ -86,6 +95,44 @@ def available_gpus() -> float:
     return _of_cluster("GPU", 0)
 
 
+@contextmanager
+def watched(shown: Progress, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """Say when nothing goes on because nodes were lost: Ray waits for others without a word.
+
+    Args:
+        shown: of the stage.
+        patience_s: seconds without a finished item after which the nodes are counted.
+    """
+    import ray
+
+    def there() -> tuple[float, ...]:
+        return tuple(float(ray.cluster_resources().get(what, 0)) for what in ("CPU", "GPU"))
+
+    before = there()
+    ended = threading.Event()
+
+    def watch() -> None:
+        done = -1
+        while not ended.wait(patience_s):
+            now = there()
+            if shown.done == done and any(n < b for n, b in zip(now, before, strict=True)):
+                shown.wait(
+                    f"nothing was finished for {patience_s:.0f} s, and of {before[0]:g} CPUs and "
+                    f"{before[1]:g} GPUs that this began with {now[0]:g} and {now[1]:g} are left; "
+                    "it goes on when a node joins (`ray status` says what is asked for), or stop "
+                    "it and start it again for what is left"
+                )
+            done = shown.done
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def _of_cluster(resource: str, without: float) -> float:
     """Ray does not tell how far an autoscaler may go; a cluster of a head alone has nothing yet."""
     import ray
@@ -117,7 +164,7 @@ def cpu_resources() -> dict[str, float]:
         logging.getLogger(__name__).warning(
             "no node offers the resource %r (%s) yet; waiting for one", name, CPU_RESOURCE
         )
-    return {name: 0.001}
+    return {name: SOME}
 
 
 def quiet_data() -> None:

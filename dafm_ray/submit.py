@@ -24,7 +24,8 @@ from dafm_ray.config import (
 from dafm_ray.errors import DONE, ConfigError, MachineError
 from dafm_ray.finetune.config import FinetuneConfig, MineConfig
 from dafm_ray.job import INTERRUPTED, say
-from dafm_ray.uris import shown
+from dafm_ray.session import CPU_RESOURCE, SOME
+from dafm_ray.uris import is_uri, local_path, shown
 
 JOBS: Mapping[str, type] = {
     "precompute": PrecomputeConfig,
@@ -85,7 +86,7 @@ class Submission:
             )
         config = self.config.resolve()
         if config.is_relative_to(root):
-            load_config(JOBS[self.job], config, self.overrides)
+            _warn_of_copies(load_config(JOBS[self.job], config, self.overrides))
             config = config.relative_to(root)
         elif not self.config.is_absolute():
             raise ConfigError(
@@ -98,6 +99,12 @@ class Submission:
         plan = ["--plan"] if self.plan else []
         return shlex.join(["python", script, "--config", str(config), *overrides, *plan])
 
+    @property
+    def resources(self) -> dict[str, float]:
+        """What keeps a job's own process off the nodes with a GPU, where it asks for CPUs alone."""
+        name = os.environ.get(CPU_RESOURCE)
+        return {name: SOME} if name and self.cpus and not self.gpus else {}
+
     def environment(self) -> dict[str, Any]:
         """The Ray runtime environment.
 
@@ -106,6 +113,18 @@ class Submission:
         """
         values = read_yaml(self.runtime_env) if self.runtime_env else {}
         return {**values, "working_dir": str(self.working_dir.resolve())}
+
+
+def _warn_of_copies(config: Any) -> None:
+    """Say what a job would write into Ray's copy of the working directory."""
+    written = ("store",) if isinstance(config, PrecomputeConfig) else ("out", "index")
+    for key in written:
+        where = getattr(config, key, "")
+        if where and not is_uri(where) and not local_path(where).is_absolute():
+            say(
+                f"warning: {key}: {where} is relative, so it lies in Ray's copy of this folder and "
+                "is lost with it; name a path that all nodes share, or a URI"
+            )
 
 
 def submit(submission: Submission, address: str, show: Callable[[str], None]) -> int:
@@ -133,6 +152,7 @@ def submit(submission: Submission, address: str, show: Callable[[str], None]) ->
             runtime_env=environment,
             entrypoint_num_cpus=submission.cpus or None,
             entrypoint_num_gpus=submission.gpus or None,
+            entrypoint_resources=submission.resources or None,
             metadata={"job": submission.job},
         )
     except (OSError, RuntimeError, ValueError, TypeError) as error:
@@ -170,9 +190,11 @@ def _connected(address: str) -> Any:
     try:
         return JobSubmissionClient()
     except AuthenticationError:
+        sent = os.environ.get("RAY_AUTH_MODE") == "token"
+        said = "does not take this token" if sent else "asks for its token"
         raise MachineError(
-            f"the cluster at {_place()} asks for its token: set RAY_AUTH_MODE=token, and "
-            "RAY_AUTH_TOKEN_PATH to its file unless that is ~/.ray/auth_token"
+            f"the cluster at {_place()} {said}: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH "
+            "to the file of the cluster's own unless that is ~/.ray/auth_token"
         ) from None
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         answer = "" if isinstance(error, ConnectionError) else f" (it said: {error})"

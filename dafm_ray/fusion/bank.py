@@ -29,6 +29,7 @@ from dafm_ray.tiles.store import TileStore
 SUFFIX = "+bank"
 """Ends the name of a system whose scores are normalised by a bank."""
 
+NEEDS_ALL = "A query bank (`+bank`; in a fusion set bank_t: 0 and profiles: false)"
 LARGEST_EXPONENT = 600.0
 """Of e^x that sums of many of them still fit into float64."""
 
@@ -117,7 +118,7 @@ def own_bank(store: TileStore, fold_of_Q: Ints, t: float, profiles: bool = False
             keeps shortlists.
         DataError: z-scores so large that e^(t z) overflows.
     """
-    store.refuse_shortlist("A query bank (`+bank`; in a fusion set bank_t: 0 and profiles: false)")
+    store.refuse_shortlist(NEEDS_ALL)
     if not 0 < t < math.inf:
         raise ConfigError("the t of a query bank must be a number above 0")
     if len(fold_of_Q) != store.manifest.queries_size:

@@ -27,7 +27,7 @@ from dafm_ray.fusion.artefact import (
     is_artefact,
     load_artefact,
 )
-from dafm_ray.fusion.bank import own_bank
+from dafm_ray.fusion.bank import NEEDS_ALL, own_bank
 from dafm_ray.fusion.convex import search_folds, search_strengths
 from dafm_ray.fusion.fit import Member, Share, fit, members_of
 from dafm_ray.fusion.folds import NOBODY, grouped_folds
@@ -74,6 +74,7 @@ def train_fusion(config: FusionConfig) -> str:
     # Relative paths of the configuration stay relative to where the job was started.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     stores = open_stores(config)
+    refuse_banks(config, stores)
     out = open_storage(config.out)
     ensure_ray()
     refuse_larger(config.workers, 1, config.use_gpu)
@@ -108,6 +109,13 @@ def _train(config: FusionConfig, stores: Sequence[TileStore], out: Storage) -> N
         member.finish(state)
     with results(out.uri, WHOLE) as root:
         artefact_of(config, stores, plan, members).save(root, traces_of(members))
+
+
+def refuse_banks(config: FusionConfig, stores: Sequence[TileStore]) -> None:
+    """ConfigError if a fusion corrects hubs, which a shortlist does not show."""
+    for store in stores:
+        if config.bank_t or config.profiles:
+            store.refuse_shortlist(NEEDS_ALL)
 
 
 def open_stores(config: FusionConfig) -> list[TileStore]:

@@ -16,7 +16,7 @@ from dafm_ray.config import Between, StudyConfig, parse_config, to_yaml
 from dafm_ray.errors import ConfigError, MachineError, unknown
 from dafm_ray.fusion.rank import singles
 from dafm_ray.fusion.study import Setting, name_of, settings_of
-from dafm_ray.fusion.train import open_stores
+from dafm_ray.fusion.train import open_stores, refuse_banks
 from dafm_ray.fusion.trial import (
     Chance,
     Trial,
@@ -39,6 +39,7 @@ from dafm_ray.session import (
 )
 from dafm_ray.storage import Storage, open_storage
 from dafm_ray.tiles.store import TileStore
+from dafm_ray.uris import shown
 
 _MACHINE = frozenset({"cpus", "gpus"})
 """Keys that may change between two starts of one study."""
@@ -99,9 +100,11 @@ def run_study(study: StudyConfig) -> Studied:
         MachineError: another run writes to the folder, or it refuses.
     """
     stores = open_stores(study.base)
-    shown = reporting(study, study.base) if study.base.validation_stores else stores
-    systems = [*singles(shown[0]), Chance()]
-    found = summaries_of([systems] * len(shown), shown)
+    if study.kind != "static":
+        refuse_banks(study.base, stores)
+    reported = reporting(study, study.base) if study.base.validation_stores else stores
+    systems = [*singles(reported[0]), Chance()]
+    found = summaries_of([systems] * len(reported), reported)
     alone = {summary.system.name: percents(summary) for summary in found}
     known = alone[Chance.name]
     if study.metric not in known:
@@ -113,7 +116,7 @@ def run_study(study: StudyConfig) -> Studied:
     settings = settings_of(study, models, first)
     storage = open_storage(study.out)
     with writing(storage):
-        _claim(study, storage, [*stores, *shown])
+        _claim(study, storage, [*stores, *reported])
         names = [name_of(setting) for setting in settings]
         done = recorded(storage)
         todo = [s for s, name in zip(settings, names, strict=True) if name not in done]
@@ -123,8 +126,8 @@ def run_study(study: StudyConfig) -> Studied:
             more = max(wanted - len(suggested), 0)
             total = len(done) + len(todo) + more
             status = status_writer(storage)
-            with progress("trials", total, len(done), "trial", status) as shown_trials:
-                _try(study, todo, suggested, more, shown_trials)
+            with progress("trials", total, len(done), "trial", status) as counted:
+                _try(study, todo, suggested, more, counted)
             done = recorded(storage)
         missing = [name for name in names if name not in done]
         if missing:
@@ -143,11 +146,11 @@ def _claim(study: StudyConfig, storage: Storage, stores: Sequence[TileStore]) ->
     scores = " ".join(store.scores_digest for store in stores).encode()
     with suppress(FileNotFoundError):
         written = storage.read(CONFIG).to_pybytes()
-        refuse_other(written, study, _MACHINE, storage.uri)
+        refuse_other(written, study, _MACHINE, shown(storage.uri))
         if storage.read(SCORES).to_pybytes() != scores:
             raise ConfigError(
-                f"{storage.uri} holds trials of other scores than the stores hold now; choose "
-                "another `out`, or delete that folder"
+                f"{shown(storage.uri)} holds trials of other scores than the stores hold now; "
+                "choose another `out`, or delete that folder"
             )
     storage.write(SCORES, pa.py_buffer(scores))
     storage.write(CONFIG, pa.py_buffer(to_yaml(study).encode()))
@@ -167,7 +170,7 @@ def _try(
     todo: Sequence[Setting],
     suggested: Sequence[Trial],
     more: int,
-    shown: Progress,
+    counted: Progress,
 ) -> None:
     """One Tuner over the settings without a record, another over those that optuna suggests."""
     # Relative paths of the configuration stay relative to where the job was started.
@@ -188,9 +191,9 @@ def _try(
     hasty = [setting for setting in todo if setting not in patient]
     for group, stops in ((patient, False), (hasty, True)):
         if group:
-            _fit(study, {"setting": tune.grid_search(group)}, 1, None, stops, shown)
+            _fit(study, {"setting": tune.grid_search(group)}, 1, None, stops, counted)
     if more:
-        _fit(study, {}, more, _searcher(study, suggested), study.stop_early, shown)
+        _fit(study, {}, more, _searcher(study, suggested), study.stop_early, counted)
 
 
 def _fit(
@@ -199,7 +202,7 @@ def _fit(
     samples: int,
     searcher: Any,
     stops: bool,
-    shown: Progress,
+    counted: Progress,
 ) -> None:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
@@ -228,7 +231,7 @@ def _fit(
             storage_path=path,
             storage_filesystem=filesystem,
             verbose=0,
-            callbacks=[_followed(study, shown)],
+            callbacks=[_followed(study, counted)],
         ),
     )
     results = tuner.fit()
@@ -249,7 +252,7 @@ def _values(study: StudyConfig, key: str) -> list[float]:
     return found
 
 
-def _followed(study: StudyConfig, shown: Progress) -> Any:
+def _followed(study: StudyConfig, counted: Progress) -> Any:
     """A callback that shows progress, and records trials that a scheduler gave up."""
     from ray import tune
 
@@ -265,12 +268,12 @@ def _followed(study: StudyConfig, shown: Progress) -> Any:
                 score, seconds = float(last["score"]), round(float(last["time_total_s"]), 3)
                 setting = _setting(trial.config)
                 Trial(name, setting, score, seconds=seconds, stopped=True).write(storage)
-            shown.advance(failures=bool(ended and ended.failure))
+            counted.advance(failures=bool(ended and ended.failure))
 
         def on_trial_error(
             self, iteration: int, trials: list[Any], trial: Any, **info: Any
         ) -> None:
-            shown.advance(failures=1)
+            counted.advance(failures=1)
 
         def __reduce__(self) -> tuple[Any, ...]:
             # Tune pickles its callbacks for a restore that is never asked for.

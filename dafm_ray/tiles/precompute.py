@@ -16,7 +16,7 @@ from dafm_ray.lease import writing
 from dafm_ray.models.checkpoints import weights_digest
 from dafm_ray.models.registry import resolve
 from dafm_ray.progress import progress, status_writer
-from dafm_ray.session import available_gpus, ensure_ray, quiet_data
+from dafm_ray.session import available_gpus, ensure_ray, quiet_data, watched
 from dafm_ray.storage import open_storage
 from dafm_ray.tiles.encode import Part, encode
 from dafm_ray.tiles.manifest import Grid, ModelEntry
@@ -89,10 +89,12 @@ def precompute_together(
                 for store in stores:
                     waiting = settle(store, waiting, available_gpus(), shown)
             encoded = [done for part in features for done in part]
-            with progress("encode", len(encoded), sum(encoded), "block", status) as shown:
+            encoding = progress("encode", len(encoded), sum(encoded), "block", status)
+            with encoding as shown, watched(shown):
                 encode(opened, waiting, shown)
             scored = [done for part in tiles for done in part]
-            with progress("similarity", len(scored), sum(scored), "tile", status) as shown:
+            scoring = progress("similarity", len(scored), sum(scored), "tile", status)
+            with scoring as shown, watched(shown):
                 for store, part in zip(stores, configs, strict=True):
                     score = list_candidates if part.shortlist else score_tiles
                     score(store, names, shown, part.scoring_gpus)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,11 +70,18 @@ class Nodes:
         )
         return node, resources
 
-    def kill_one(self) -> None:
-        """End the oldest worker as a lost machine would, and give the cluster another one."""
+    def lose_one(self) -> dict[str, float]:
+        """End the oldest worker as a lost machine would; returns its resources."""
         node, resources = self._workers.pop(0)
         self._cluster.remove_node(node, allow_graceful=False)
+        return resources
+
+    def add_one(self, resources: dict[str, float]) -> None:
         self._workers.append(self._start(resources))
+
+    def kill_one(self) -> None:
+        """Lose a worker, and give the cluster another one."""
+        self.add_one(self.lose_one())
 
     def end(self) -> None:
         self._cluster.shutdown()
@@ -88,9 +96,9 @@ def nodes(request, monkeypatch) -> Iterator[Nodes]:
     found.end()
 
 
-def submitted(*job: str, **environment: str) -> subprocess.Popen[str]:
+def submitted(*job: str, sent: bool = True, **environment: str) -> subprocess.Popen[str]:
     command = [str(RAY), "job", "submit", "--address", f"http://127.0.0.1:{PORT}"]
-    command += ["--working-dir", str(ROOT)]
+    command += ["--working-dir", str(ROOT)] if sent else []
     if environment:
         command += ["--runtime-env-json", json.dumps({"env_vars": environment})]
     return subprocess.Popen(
@@ -108,11 +116,17 @@ def done(process: subprocess.Popen[str]) -> str:
     return out
 
 
+def status_of(store: str) -> dict[str, Any]:
+    try:
+        return json.loads(open_storage(store).read("status.json").to_pybytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
 def share_done(store: str) -> float:
     """Of both stages, from what the job says of itself."""
-    try:
-        status = json.loads(open_storage(store).read("status.json").to_pybytes())
-    except (FileNotFoundError, ValueError):
+    status = status_of(store)
+    if not status:
         return 0.0
     begun = {"encode": 0.0, "similarity": 1.0}.get(status["stage"], -1.0)
     return max(0.0, begun + status["done"] / max(1, status["total"]))
@@ -188,6 +202,25 @@ def test_an_object_store_of_300_mb_in_all_is_enough_for_photographs(nodes, tmp_p
         submitted("jobs/precompute.py", "--config", str(config))
     )
     assert not TileStore(str(tmp_path / "store")).missing()
+
+
+def test_what_waits_for_a_lost_node_says_so_and_goes_on_with_another(nodes, tmp_path):
+    store = str(tmp_path / "store")
+    config = tmp_path / "job.yaml"
+    config.write_text(f"dataset: {{name: icons, split: val}}\nstore: {store}\n{MODELS}")
+    # Nodes of one machine share a folder: a new one would replace the copy that is sent.
+    job = submitted(str(ROOT / "jobs/precompute.py"), "--config", str(config), sent=False)
+    while not share_done(store):
+        time.sleep(0.2)
+    resources = nodes.lose_one()
+    deadline = time.monotonic() + 300
+    while "2 and 0 are left" not in status_of(store).get("waiting", ""):
+        assert time.monotonic() < deadline
+        assert job.poll() is None
+        time.sleep(1)
+    nodes.add_one(resources)
+    assert "waiting: nothing was finished for 60 s, and of 4 CPUs" in done(job)
+    assert status_of(store)["waiting"] == ""
 
 
 @pytest.mark.parametrize("nodes", [{"workers": [{"cpu_node": 1}, {}]}], indirect=True)

@@ -24,7 +24,8 @@ def audit_modality(store: TileStore, image_only: str = "", text_only: str = "") 
     Args:
         store: complete tiles of all its models.
         image_only: model that sees no text; by default one of the family `zeroshot:image`, else
-            the similarity of reference and candidate under the first model with image features.
+            the similarity of reference and candidate under the first model with image features,
+            where the store holds all scores.
         text_only: model that sees no image; by default one of the family `zeroshot:text`.
 
     Raises:
@@ -114,6 +115,8 @@ class _Similarity:
 
 
 def _similarity(store: TileStore) -> Fusion | None:
+    if store.manifest.shortlist:
+        return None  # what another order would rank is not there
     done = store.finished()
     for model in store.models:
         keys = store.feature_keys(model, "gallery")
