@@ -132,6 +132,11 @@ class ParquetImages(ShardedImages):
             for id, image in zip(batch.column(ID), images, strict=True):
                 yield str(id.as_py()), image.as_py() or b""
 
+    def size(self) -> int:
+        """Bytes of all shards."""
+        infos = self.filesystem.get_file_info(list(self.shards))
+        return sum(info.size or 0 for info in infos)
+
     def fingerprint(self) -> str:
         """Digest of the shards' paths, sizes and times: equal while nobody replaces one."""
         infos = self.filesystem.get_file_info(list(self.shards))

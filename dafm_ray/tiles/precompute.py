@@ -107,7 +107,7 @@ def precompute_together(
 def _opened(config: PrecomputeConfig, dataset: Dataset, held: ExitStack) -> Part:
     """The store under its lease, and the data set as it can be read in any order."""
     grid = Grid(config.encode_block, config.tile_queries, config.tile_candidates)
-    models = {model.name: _entry(model) for model in config.models}
+    models = entries(config.models)
     storage = open_storage(config.store)
     held.enter_context(writing(storage))
     spec = asdict(config.dataset)
@@ -134,9 +134,17 @@ def _finished(store: TileStore, keys: Sequence[str]) -> list[bool]:
     return [key in done for key in keys]
 
 
-def _entry(model: ModelConfig) -> ModelEntry:
-    digest = weights_digest(resolve(model.id)[1].weights)
-    return ModelEntry(model.id, digest, model.batch, model.precision)
+def entries(models: Sequence[ModelConfig]) -> dict[str, ModelEntry]:
+    """What a new store would hold of each model.
+
+    Raises:
+        DataError: see `weights_digest`.
+    """
+    digests = [weights_digest(resolve(model.id)[1].weights) for model in models]
+    return {
+        model.name: ModelEntry(model.id, digest, model.batch, model.precision)
+        for model, digest in zip(models, digests, strict=True)
+    }
 
 
 def _encoded(store: TileStore, model: str) -> bool:

@@ -115,17 +115,12 @@ class TileStore:
             DataError: the store was made for another gallery, other queries or other weights, or
                 keeps other candidates of a query.
         """
-        for name in models:
-            if not _MODEL_NAME.fullmatch(name):
-                raise ConfigError(f"model name {name!r}: use letters, digits, '.', '_' and '-'")
-        storage = open_storage(uri)
-        if _exists(storage, "manifest.json"):
-            store = cls(uri)
-            store._check_same(dataset)
-            store._check_shortlist(shortlist, models)
+        store = cls.find(uri, dataset, models, shortlist)
+        if store is not None:
             store._restore_tables(dataset)
             store._set_models(models)
             return store
+        storage = open_storage(uri)
         gallery, queries = dataset.gallery, dataset.queries
         tables = _tables(dataset)
         for name, data in tables.items():
@@ -147,6 +142,28 @@ class TileStore:
         )
         storage.write("manifest.json", manifest.to_bytes())
         return cls(uri)
+
+    @classmethod
+    def find(
+        cls, uri: str, dataset: Dataset, models: dict[str, ModelEntry], shortlist: int = 0
+    ) -> "TileStore | None":
+        """The store that `create` would go on with, as it lies there; None where it would make one.
+
+        Writes nothing.
+
+        Raises:
+            ConfigError, DataError: see `create`.
+        """
+        for name in models:
+            if not _MODEL_NAME.fullmatch(name):
+                raise ConfigError(f"model name {name!r}: use letters, digits, '.', '_' and '-'")
+        if not _exists(open_storage(uri), "manifest.json"):
+            return None
+        store = cls(uri)
+        store._check_same(dataset)
+        store._check_shortlist(shortlist, models)
+        store.started(models)
+        return store
 
     def _check_same(self, dataset: Dataset) -> None:
         mine = self.manifest
@@ -195,9 +212,13 @@ class TileStore:
                 if blocks.checksum(data) == wanted:
                     self.storage.write(name, data)
 
-    def _set_models(self, models: dict[str, ModelEntry]) -> None:
-        """Add models; those of an earlier run that never finished a block are dropped."""
-        started = {key.split("/")[1] for key in self.finished()}
+    def started(self, models: dict[str, ModelEntry]) -> dict[str, ModelEntry]:
+        """The store's own models with a finished block.
+
+        Raises:
+            DataError: one of `models` is among them with other weights.
+        """
+        started = {key.split("/")[1] for key in self._records}
         stored = {n: e for n, e in self.manifest.models.items() if n in started}
         for name in models.keys() & stored.keys():
             if stored[name].identity != models[name].identity:
@@ -206,8 +227,13 @@ class TileStore:
                     f"{self.uri} holds model {name!r} with other {what} ({stored[name].id}); "
                     "give the new one another name, or choose another folder"
                 )
-        if self.manifest.models != {**models, **stored}:
-            self.manifest = replace(self.manifest, models={**models, **stored})
+        return stored
+
+    def _set_models(self, models: dict[str, ModelEntry]) -> None:
+        """Add models; those of an earlier run that never finished a block are dropped."""
+        wanted = {**models, **self.started(models)}
+        if self.manifest.models != wanted:
+            self.manifest = replace(self.manifest, models=wanted)
             self.storage.write("manifest.json", self.manifest.to_bytes())
 
     def fix_encoding(self, model: str, batch: int, precision: Precision) -> None:

@@ -24,6 +24,9 @@ INDEX = f"{FOLDER}/index.arrow"
 PART_BYTES = 64_000_000
 """Images of one tar, about; what bounds the memory of a task."""
 
+MEMBER_BYTES = 768
+"""What a tar takes for an image beside its bytes, about: a header, and the rest of a block."""
+
 _FINGERPRINT = b"fingerprint"
 
 
@@ -82,6 +85,22 @@ def unpacked(store: TileStore, dataset: Dataset) -> Dataset:
     gallery = replace(dataset.gallery, locators=tuple(map(locator, dataset.gallery.locators)))
     images = TarImages(filesystem, tuple(f"{base}/{tar}" for tar in tars))
     return replace(dataset, gallery=gallery, source=images)
+
+
+def bytes_to_unpack(store: TileStore | None, dataset: Dataset) -> int:
+    """About what `unpack` would write; 0 where there is nothing to unpack, or it is there.
+
+    Args:
+        store: None where it is yet to be made.
+        dataset: what is searched.
+    """
+    source = dataset.source
+    if not isinstance(source, ParquetImages):
+        return 0
+    if store is not None and _is_unpacked(store, source):
+        return 0
+    # Parquet hardly compresses image files.
+    return source.size() + MEMBER_BYTES * len(dataset.gallery)
 
 
 def _is_unpacked(store: TileStore, source: ParquetImages) -> bool:

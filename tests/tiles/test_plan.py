@@ -2,12 +2,15 @@ from dataclasses import replace
 
 import pytest
 
+from dafm_ray import remote
 from dafm_ray.config import DatasetConfig, ModelConfig, PrecomputeConfig
-from dafm_ray.errors import ConfigError
+from dafm_ray.datasets.registry import load_dataset
+from dafm_ray.errors import ConfigError, DataError, MachineError
+from dafm_ray.tiles.manifest import Grid
 from dafm_ray.tiles.plan import ModelPlan, Plan, amount, duration, plan
-from dafm_ray.tiles.precompute import precompute
+from dafm_ray.tiles.precompute import entries, precompute
 from dafm_ray.tiles.store import TileStore
-from tests.samples import image_folder, open_folder
+from tests.samples import image_folder, labelled_dataset, parquet_shard
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -48,6 +51,83 @@ def test_a_full_disk_is_seen_before_the_job_starts():
     assert tight.advice[0].startswith("It does not fit: 38.1 MB are needed and 1 MB are free")
 
 
+def test_shortlists_are_advised_only_where_they_help():
+    def advised(plan, free):
+        return any("Set shortlist" in text for text in replace(plan, free_bytes=free).advice)
+
+    wide = planned(20_000, 4_000)
+    assert wide.tile_bytes == 320_000_000
+    assert wide.shortlist_bytes(200) == 4_000 * 201 * 12
+    assert advised(wide, 100_000_000)
+    assert not advised(wide, 10_000_000), "shortlists do not fit either"
+    assert not advised(wide, 10**12)
+    narrow = planned(1_000, 4_000)
+    assert narrow.tile_bytes < 2 * narrow.shortlist_bytes(200)
+    assert not advised(narrow, narrow.store_bytes - 1), "shortlists are hardly smaller"
+
+
+def test_what_a_store_holds_is_not_counted_again():
+    whole = planned(2_000, 4_000)
+    there = replace(whole.models[0], features_left=0.0, scores_left=0.25)
+    other = replace(whole.models[0], features_left=0.5)
+    found = replace(whole, models=(there, other), blocks=384, blocks_there=123)
+    assert found.feature_bytes == 6_000 * 1024 / 2
+    assert found.tile_bytes == 2_000 * 4_000 * 4 * 1.25
+    assert found.score_s == pytest.approx(8e6 * 1e-9 / 16 * 1.25)
+    assert found.stages["decoding"] == pytest.approx(6_000 * 0.004 / 4 / 2)
+    text = "\n".join(found.lines())
+    assert "more at s3://bucket/store; 123 of 384 blocks are there" in text
+    assert "most of it waits for" in text
+    short = planned(2_000, 4_000, shortlist=50)
+    model = replace(short.models[0], scores_left=0.5)
+    assert replace(short, models=(model,)).score_bytes == short.score_bytes / 2
+    done = replace(whole, models=(replace(there, scores_left=0.0, rate=0.0),))
+    assert (done.store_bytes, done.encode_s, done.score_s, done.advice) == (0, 0, 0, [])
+    assert "nothing is left to do" in "\n".join(done.lines())
+
+
+def test_unpacked_images_are_a_part_of_the_store():
+    plain = planned(2_000, 4_000)
+    found = replace(plain, unpacked_bytes=1_250_000)
+    assert found.store_bytes == plain.store_bytes + 1_250_000
+    assert "images    unpacked, 1.25 MB, once" in "\n".join(found.lines())
+    assert "unpacked" not in "\n".join(plain.lines())
+
+
+def test_credentials_of_the_store_are_not_shown():
+    made = planned(2_000, 4_000)
+    config = replace(made.config, store="s3://key:secret@bucket/store")
+    lines = replace(made, config=config, free_bytes=1).lines()
+    assert sum("s3://bucket/store" in line for line in lines) == 2
+    assert "secret" not in "\n".join(lines)
+
+
+TINY = ModelConfig("sum", "clip4cir:sum@random-tiny")
+
+
+def test_a_plan_is_refused_as_the_job_is(tmp_path):
+    dataset = labelled_dataset(20, 4)
+    models = entries([TINY])
+    grid = Grid(8, 8, 8)
+    TileStore.create(str(tmp_path), dataset, {}, models, grid, "float32", shortlist=10)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    config = PrecomputeConfig(DatasetConfig("folder"), (TINY,), str(tmp_path), shortlist=5)
+    with pytest.raises(DataError, match=r"keeps the first 10 .* not the first 5"):
+        plan(config, dataset)
+    with pytest.raises(DataError, match="made for another gallery"):
+        plan(replace(config, shortlist=10), labelled_dataset(21, 4))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_store_that_cannot_be_reached_has_no_plan(bucket, monkeypatch):
+    monkeypatch.setattr(remote, "BACKOFF", remote.Backoff(tries=2, sleep=lambda seconds: None))
+    away = "s3://key:secret@bucket/store?endpoint_override=127.0.0.1:9&scheme=http&region=x"
+    for store, why in ((away, "cannot read s3://bucket"), (bucket.replace("stores", "no"), "no s")):
+        config = PrecomputeConfig(DatasetConfig("folder"), (TINY,), store)
+        with pytest.raises(MachineError, match=why):
+            plan(config, labelled_dataset(20, 4))
+
+
 def test_scores_on_gpus_share_the_gpus():
     assert planned(2_000, 4_000, scoring_gpus=0.5).score_s == pytest.approx(8e6 * 1e-9 / 2)
 
@@ -70,15 +150,15 @@ def test_units():
 @pytest.mark.usefixtures("local_ray")
 def test_a_plan_is_measured_and_writes_nothing(tmp_path):
     root = image_folder(tmp_path / "images", images=22, queries=13)
+    shard = tmp_path / "images.parquet"
+    parquet_shard(shard, [(path.name, path.read_bytes()) for path in sorted(root.glob("*.png"))])
     config = PrecomputeConfig(
-        DatasetConfig("folder", root=str(root)),
-        (
-            ModelConfig("sum", "clip4cir:sum@random-tiny"),
-            ModelConfig("text", "zeroshot:text@random-tiny", batch=4),
-        ),
+        DatasetConfig("folder", root=str(root), images=str(shard)),
+        (TINY, ModelConfig("text", "zeroshot:text@random-tiny", batch=4)),
         str(tmp_path / "store"),
     )
-    found = plan(config, open_folder(root))
+    dataset = load_dataset(config.dataset)
+    found = plan(config, dataset)
     assert not (tmp_path / "store").exists()
     assert (found.images, found.queries, found.cpus) == (22, 13, 4)
     assert found.models[1].pool.batch == 4
@@ -88,8 +168,24 @@ def test_a_plan_is_measured_and_writes_nothing(tmp_path):
     keys = [key for key in TileStore(store.uri).finished() if key.startswith("features/")]
     stored = sum(store.read(key).nbytes for key in keys)
     assert found.feature_bytes == stored
+    tars = (tmp_path / "store" / "images").glob("*.tar")
+    assert found.unpacked_bytes == pytest.approx(sum(tar.stat().st_size for tar in tars), rel=0.25)
     text = "\n".join(found.lines())
     assert "22 images, 13 queries" in text
     assert "most of it waits for" in text
+
+    for path in store.storage.list("records"):
+        if path.startswith(("records/scores/text/", "records/features/text/queries/")):
+            store.storage.delete(path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
+    again = plan(replace(config, encode_block=8, score_type="float16"), dataset)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
+    assert [(m.features_left, m.scores_left) for m in again.models] == [(0, 0), (0.5, 1)]
+    assert (again.blocks, again.blocks_there, again.unpacked_bytes) == (6, 4, 0)
+    assert again.tile_bytes == 22 * 13 * 4, "a store keeps its score type"
+    assert again.config.encode_block == config.encode_block
+    whole = replace(config, models=(replace(TINY, num_gpus=1.0),))
+    assert plan(whole, dataset).store_bytes == 0, "what is there needs no GPU"
+    new = replace(whole, store=str(tmp_path / "other"))
     with pytest.raises(ConfigError, match="GPUs"):
-        plan(replace(config, models=(replace(config.models[0], num_gpus=1.0),)), open_folder(root))
+        plan(new, dataset)
