@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from dafm_ray import lease
-from dafm_ray.errors import MachineError
+from dafm_ray.errors import DataError, MachineError
 from dafm_ray.lease import writing
 from dafm_ray.storage import LocalStorage, RemoteStorage
 
@@ -60,6 +60,15 @@ def test_an_expired_lease_is_free(remote):
     remote.write("lease.json", pa.py_buffer(json.dumps(values).encode()))
     with writing(remote):
         pass
+
+
+def test_a_release_that_fails_does_not_hide_what_ended_the_run(remote, monkeypatch):
+    def refused(path):
+        raise MachineError("the storage is away")
+
+    monkeypatch.setattr(remote, "delete", refused)
+    with pytest.raises(DataError, match="what ended it"), writing(remote):
+        raise DataError("what ended it")
 
 
 def test_of_two_that_write_at_once_the_last_one_holds(remote, monkeypatch):

@@ -15,6 +15,17 @@ def test_status_counts_what_was_there_before(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_what_waits_says_so_until_it_goes_on(capsys):
+    written = []
+    with progress("encode", 10, write_status=written.append) as shown:
+        shown.wait("a node was lost")
+        shown.wait("a node was lost")
+        assert json.loads(written[-1])["waiting"] == "a node was lost"
+        shown.advance()
+    assert json.loads(written[-1])["waiting"] == ""
+    assert capsys.readouterr().err == "waiting: a node was lost\n"
+
+
 def test_another_process_is_followed(tmp_path):
     status = tmp_path / "status.json"
     with followed("train", 5, status.read_bytes, "epoch"):

@@ -84,6 +84,22 @@ def test_commands_of_the_documents_are_sound_and_name_no_path_of_the_copy(file, 
         assert {submission.job for submission in sent} == set(JOBS)
 
 
+def test_places_that_end_with_the_copy_are_warned_of(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    Submission("precompute", Path("configs/icons.yaml")).command()
+    assert "warning: store: runs/icons/test is relative" in capsys.readouterr().err
+    places = ["index=/shared/index", "out=s3://bucket/ranks"]
+    Submission("retrieve", Path("configs/retrieve_icons.yaml"), places).command()
+    assert not capsys.readouterr().err
+
+
+def test_a_job_that_reserves_cpus_stays_off_gpu_nodes(monkeypatch):
+    monkeypatch.setenv("DAFM_CPU_RESOURCE", "cpu_node")
+    assert list(Submission("evaluate", Path("x"), cpus=4).resources) == ["cpu_node"]
+    assert not Submission("evaluate", Path("x"), cpus=4, gpus=1).resources
+    assert not Submission("evaluate", Path("x")).resources
+
+
 def test_a_plan_is_of_a_precompute():
     with pytest.raises(ConfigError, match="--plan is of precompute"):
         Submission("evaluate", ROOT / "configs/icons_evaluate.yaml", plan=True).command()

@@ -113,7 +113,10 @@ def test_an_interrupted_submission_leaves_the_job_and_a_stopped_job_is_told(head
 
 def test_a_cluster_refuses_who_has_no_token(head, scripts):
     job = scripts("sys.exit(0)")
-    for wrong in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "f" * 32}):
+    for wrong, says in (
+        ({"RAY_AUTH_MODE": "disabled"}, "asks for its token"),
+        ({"RAY_AUTH_TOKEN": "f" * 32}, "does not take this token"),
+    ):
         code, _, err = ended(head.dafm_submit(*job, **wrong))
         assert code == 5
-        assert "asks for its token: set RAY_AUTH_MODE=token" in err
+        assert f"{says}: set RAY_AUTH_MODE=token" in err

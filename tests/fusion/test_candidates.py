@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dafm_ray.config import EvaluateConfig, FusionConfig, Recipe
-from dafm_ray.errors import ConfigError
+from dafm_ray.config import EvaluateConfig, FusionConfig, Recipe, StudyConfig, parse_config
+from dafm_ray.errors import ConfigError, DataError
 from dafm_ray.evaluation.metrics import UNRANKED
 from dafm_ray.evaluation.protocols import protocol
 from dafm_ray.fusion import systems
@@ -18,7 +18,9 @@ from dafm_ray.fusion.rankings import write_rankings
 from dafm_ray.fusion.static import static_fusion
 from dafm_ray.fusion.systems import Maker
 from dafm_ray.fusion.train import train_fusion
+from dafm_ray.fusion.tune import run_study
 from dafm_ray.progress import progress
+from dafm_ray.report.audits.modality import audit_modality
 from dafm_ray.report.audits.shortlist import audit_shortlist
 from dafm_ray.report.evaluate import evaluate
 from dafm_ray.tiles.ingest import ingest
@@ -163,6 +165,13 @@ def test_what_needs_all_scores_is_refused(made, tmp_path):
     _, short = made
     with pytest.raises(ConfigError, match="set bank_t: 0"):
         train_fusion(FusionConfig(short.uri, str(tmp_path / "fusion"), folds=3))
+    learning = [{"recipe.learning_rate": [0.01, 0.02]}]
+    study = {"fusion": {"store": short.uri}, "out": str(tmp_path / "s"), "kind": "networks"}
+    with pytest.raises(ConfigError, match="set bank_t: 0"):
+        run_study(parse_config(StudyConfig, {**study, "spaces": learning}, "study"))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(DataError, match="no system of one modality"):
+        audit_modality(short)
     with pytest.raises(ConfigError, match=r"A query bank .* needs the scores of all candidates"):
         Maker(["mean@zscore+bank"]).on(short)
     plain = FusionConfig(short.uri, str(tmp_path / "f"), folds=3, bank_t=0, profiles=False)

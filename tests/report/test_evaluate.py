@@ -6,10 +6,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from dafm_ray.cli import main
 from dafm_ray.config import EvaluateConfig
 from dafm_ray.errors import ConfigError, DataError
+from dafm_ray.lease import writing
 from dafm_ray.report.evaluate import evaluate
 from dafm_ray.report.notes import summary_notes
+from dafm_ray.storage import open_storage
 from dafm_ray.tiles.manifest import Grid
 from tests.samples import labelled_dataset, score_store
 
@@ -49,6 +52,13 @@ def test_everything_is_written(config, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     status = json.loads((tmp_path / "out" / "status.json").read_text())
     assert (status["stage"], status["done"], status["total"]) == ("evaluate", 30, 30)
+
+
+def test_a_second_job_with_the_same_output_is_refused(store, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    with writing(open_storage(out)):
+        assert main(["evaluate", store.uri, "--out", out]) == 5
+    assert "another run is writing" in capsys.readouterr().err
 
 
 def test_metrics_agree_with_themselves_and_with_the_ranks(config, tmp_path):
