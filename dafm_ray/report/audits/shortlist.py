@@ -75,7 +75,8 @@ def _refuse_other(short: TileStore, whole: TileStore) -> None:
             raise DataError(f"{short.uri} and {whole.uri} hold another {what.partition('_')[0]}")
     if short.models != whole.models:
         raise DataError(
-            f"{short.uri} holds {', '.join(short.models)}, {whole.uri} {', '.join(whole.models)}"
+            f"{short.uri} holds {', '.join(short.models)}, {whole.uri} {', '.join(whole.models)}; "
+            "make both with one configuration, the other with shortlist: 0"
         )
     for name in short.models:
         if not short.manifest.models[name].may_equal(whole.manifest.models[name]):
