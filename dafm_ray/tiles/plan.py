@@ -277,8 +277,8 @@ class Plan:
             f"{there if self.blocks else ''}",
             "in all    nothing is left to do"
             if all(model.is_there for model in self.models)
-            else f"in all    about {duration(self.encode_s + self.score_s)}, and up to a minute for "
-            f"Ray and the models to start; most of it waits for {self.limit}",
+            else f"in all    about {duration(self.encode_s + self.score_s)}, and up to a minute "
+            f"for Ray and the models to start; most of it waits for {self.limit}",
             *self.advice,
         ]
 
