@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-from dafm_ray.errors import ConfigError
-
 FILE_SCHEME = "file://"
 _CREDENTIALS = re.compile(r"(?<=://)[^/@?]*@")
 
@@ -43,17 +41,3 @@ def last_part(where: str) -> str:
 def shown(where: str) -> str:
     """A place for messages: without the credentials that a URI may hold."""
     return _CREDENTIALS.sub("", where)
-
-
-def refuse_uri(key: str, where: str, mend: str = "name a local path") -> None:
-    """ConfigError if something that must lie on this machine's disk is a URI.
-
-    Args:
-        key: of the configuration or the command line, for the message.
-        where: its value.
-        mend: what to do, for the message.
-    """
-    if is_uri(where):
-        raise ConfigError(
-            f"{key}: {shown(where)} is a URI, and this must lie on this machine's disk; {mend}"
-        )
