@@ -4,7 +4,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from dafm_ray.errors import ConfigError, DafmError, MachineError
@@ -116,12 +116,13 @@ def watched(shown: Progress, patience_s: float = PATIENCE_S) -> Iterator[None]:
         while not ended.wait(patience_s):
             now = there()
             if shown.done == done and any(n < b for n, b in zip(now, before, strict=True)):
-                shown.wait(
-                    f"nothing was finished for {patience_s:.0f} s, and of {before[0]:g} CPUs and "
-                    f"{before[1]:g} GPUs that this began with {now[0]:g} and {now[1]:g} are left; "
-                    "it goes on when a node joins (`ray status` says what is asked for), or stop "
-                    "it and start it again for what is left"
-                )
+                with suppress(MachineError):  # status.json cannot be written; others say so
+                    shown.wait(
+                        f"nothing was finished for {patience_s:.0f} s, and of {before[0]:g} CPUs "
+                        f"and {before[1]:g} GPUs that this began with {now[0]:g} and {now[1]:g} "
+                        "are left; it goes on when a node joins (`ray status` says what is asked "
+                        "for), or stop it and start it again for what is left"
+                    )
             done = shown.done
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -86,7 +86,9 @@ class Submission:
             )
         config = self.config.resolve()
         if config.is_relative_to(root):
-            _warn_of_copies(load_config(JOBS[self.job], config, self.overrides))
+            loaded = load_config(JOBS[self.job], config, self.overrides)
+            if not self.plan:
+                _warn_of_copies(loaded)
             config = config.relative_to(root)
         elif not self.config.is_absolute():
             raise ConfigError(
