@@ -86,7 +86,7 @@ class Submission:
             )
         config = self.config.resolve()
         if config.is_relative_to(root):
-            loaded = load_config(JOBS[self.job], config, self.overrides)
+            loaded: object = load_config(JOBS[self.job], config, self.overrides)
             if not self.plan:
                 _warn_of_copies(loaded)
             config = config.relative_to(root)
