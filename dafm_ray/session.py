@@ -5,10 +5,12 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dafm_ray.errors import ConfigError, DafmError, MachineError
-from dafm_ray.progress import Progress
+
+if TYPE_CHECKING:
+    from dafm_ray.progress import Progress
 
 Row = dict[str, Any]
 """A row of a Ray Data pipeline."""
@@ -96,7 +98,7 @@ def available_gpus() -> float:
 
 
 @contextmanager
-def watched(shown: Progress, patience_s: float = PATIENCE_S) -> Iterator[None]:
+def watched(shown: "Progress", patience_s: float = PATIENCE_S) -> Iterator[None]:
     """Say when nothing goes on because nodes were lost: Ray waits for others without a word.
 
     Args:

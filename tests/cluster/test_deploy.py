@@ -158,7 +158,7 @@ def test_the_image_is_built_from_pins(instructions):
         for part in re.split(r"&&|;", value)
         if "pip install" in part
     ]
-    assert len(installs) == 3
+    assert len(installs) == 2
     assert all("--constraint constraints.txt" in install for install in installs)
 
 
