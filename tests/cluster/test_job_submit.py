@@ -96,7 +96,7 @@ def test_the_exit_code_of_the_job_is_the_submissions(head, scripts, line, code):
 
 @pytest.mark.slow
 def test_an_interrupted_submission_leaves_the_job_and_a_stopped_job_is_told(head, scripts):
-    job = scripts("print('started', flush=True); time.sleep(100)")
+    job = scripts("print('started', flush=True); time.sleep(1000)")
     left, followed = head.dafm_submit(*job), head.dafm_submit(*job)
     ids = [started(process) for process in (left, followed)]
     left.send_signal(signal.SIGINT)
