@@ -325,6 +325,18 @@ def save_weights(
     values = {**model.header(), TRAINED_ON: list(learned_from)}
     header = {key: json.dumps(value) for key, value in values.items()}
     save_file(tensors, path, metadata=header)
+    _sort_header(path)
+
+
+def _sort_header(path: Path) -> None:
+    """Equal weights are equal files: safetensors writes the keys of its metadata in any order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        head = json.loads(file.read(size))
+        head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+        text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _worker(values: dict[str, Any]) -> None:
